@@ -1,0 +1,47 @@
+"""Algorithm 2 of arXiv 2410.10165: report a half-space of cached keys, attend to those alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attention.engine import Plan, fold
+from attention.policies import Policy
+from attention.result import Result
+from attention.values import Values
+from attention.weights import ReLUPower, Softmax
+from hsr import HSRIndex
+
+
+def decode(
+    q: Any,
+    index: HSRIndex,
+    values: Any,
+    *,
+    weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
+    policy: Policy | None = None,
+    scale: float | None = None,
+) -> Result:
+    """Attention of new queries over every key of the index.
+
+    Args:
+        q: (h, m, d) or (B, h, m, d), in the index's dtype; head i reads key-value head i // (h / g).
+        index: over keys (g, n, d); for a batch over (B g, n, d), the batch folded into the heads.
+        values: (g, n, dv) or (B, g, n, dv); or `Values` made of (B g, n, dv), which saves a pass over them.
+        weight: Softmax() or ReLUPower(alpha, b).
+        policy: for Softmax, which keys to keep: Dense(), TopR(r) or Certified(eps); None means Certified(0.01).
+            ReLUPower takes none: its half-space is exact (Theorem 4.1).
+        scale: of the scores, positive; None means 1 / sqrt(d).
+
+    Returns:
+        Result: output (h, m, dv) or (B, h, m, dv) with log-sum-exp, certificate and counters.
+
+    Raises:
+        ArgumentError: shapes, dtypes or heads that do not fit, NaN or infinity, a policy for ReLUPower.
+    """
+    plan = Plan(weight, policy, scale)
+    folded = fold("q", q)
+    kept = values if isinstance(values, Values) else Values(fold("values", values))
+    limits = np.full(folded.shape[:2], index.n, np.int64)
+    return plan.attend(folded, index, kept, limits).shaped(q.shape[:-1], q)

@@ -1,0 +1,85 @@
+"""The one path that decode, prefill and sessions share: select, attend, certify."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from attention.policies import Certified, Policy, Selection, Visible
+from attention.result import Counters, Result, certify
+from attention.values import Values
+from attention.weights import ReLUPower, Softmax
+from hsr import HSRIndex, checks
+from hsr.backend import choose
+from hsr.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to attend: validated once, used for every call.
+
+    Args:
+        weight: Softmax() or ReLUPower(alpha, b).
+        policy: for Softmax, None means Certified(0.01); ReLUPower takes none.
+        scale: positive, or None for 1 / sqrt(d).
+        method: row of the dispatch table for ``attend``.
+
+    Raises:
+        ArgumentError: a weight, policy or scale that cannot be used.
+    """
+
+    weight: Softmax | ReLUPower
+    policy: Policy | None
+    scale: float | None
+    method: str = "numba"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, Softmax | ReLUPower):
+            raise ArgumentError(f"weight must be Softmax() or ReLUPower(alpha, b); got {self.weight!r}")
+        if isinstance(self.weight, ReLUPower) and self.policy is not None:
+            raise ArgumentError(f"policy must be None for ReLUPower, whose half-space is exact; got {self.policy!r}")
+        if self.policy is not None and not callable(getattr(self.policy, "select", None)):
+            raise ArgumentError(f"policy must be Dense(), TopR(r) or Certified(eps); got {self.policy!r}")
+        if self.scale is not None:
+            checks.real("scale", self.scale, np.nextafter(0, 1), np.inf)
+
+    def attend(self, q: Any, index: HSRIndex, values: Values, limits: np.ndarray) -> Result:
+        """q (h, m, d), index over (g, n, d), values of (g, n, dv), limits (h, m) -> Result of leading shape (h, m), its
+        output still float64."""
+        if values.array.shape[:2] != (index.heads, index.n) or values.dtype != index.dtype:
+            raise ArgumentError(
+                f"v must be ({index.heads}, {index.n}, dv) of {index.dtype} to match keys; "
+                f"got {values.array.shape} of {values.dtype}"
+            )
+        scale = 1 / np.sqrt(index.d) if self.scale is None else float(self.scale)
+        queries = checks.floats("q", q, (3,)).astype(np.float64)
+        visible = Visible(index, q, queries, limits, scale)
+        report, log_dropped, kind = self._select(visible)
+        run, error = choose("attend", self.method), visible.score_error()
+        output, lse, slope = run(
+            report.offsets, report.indices, report.scores, values.array, error.ravel(), self.weight, scale
+        )
+        output = output.reshape(*limits.shape, output.shape[1])
+        lse, slope = lse.reshape(limits.shape), slope.reshape(limits.shape)
+        certificate = certify(
+            output, lse, slope, log_dropped, error, report.counts, values, index.dtype, self.weight, kind
+        )
+        counters = Counters(report.scanned.reshape(limits.shape), report.counts)
+        return Result(output, lse, np.isneginf(lse), certificate, counters, index.n)
+
+    def _select(self, visible: Visible) -> Selection:
+        if isinstance(self.weight, ReLUPower):
+            half_space = self.weight.half_space(visible.scale)
+            report = visible.index.query(visible.q, half_space, prefix=visible.limits)
+            return Selection(report, np.full(visible.limits.shape, -np.inf), "exact")
+        return (self.policy or Certified()).select(visible)
+
+
+def fold(name: str, array: Any) -> Any:
+    """(B, heads, rows, width) -> (B heads, rows, width); three axes stay as they are, anything else is refused."""
+    shape = tuple(getattr(array, "shape", ()))
+    if len(shape) not in (3, 4):
+        raise ArgumentError(f"{name} must be (heads, rows, width) or (B, heads, rows, width); got shape {shape}")
+    return array.reshape(-1, *shape[-2:])

@@ -1,0 +1,137 @@
+"""Which keys a softmax row attends to, and how much weight that can have dropped.
+
+A policy has one method, ``select``: it asks the index for half-spaces and returns their keys with an upper bound on the
+logarithm of the dropped weight.  ReLU attention needs none: its half-space is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from attention.probe_numba import lse_floor
+from hsr import HSRIndex, Report, checks
+
+
+class Visible(NamedTuple):
+    """Queries that face an index: each sees its first ``limits`` keys."""
+
+    index: HSRIndex
+    q: Any  # (h, m, d), in the index's dtype
+    queries: np.ndarray  # (h, m, d) float64, the same
+    limits: np.ndarray  # (h, m) int64
+    scale: float
+
+    def score_error(self) -> np.ndarray:
+        """Bound (h, m) on the float64 rounding of any scaled score."""
+        magnitude = np.abs(self.queries).sum(axis=-1) * self.index.largest * self.scale
+        return (self.index.d + 4) * 2.0**-52 * magnitude
+
+
+class Selection(NamedTuple):
+    """Reported keys, and a bound on ``ln sum exp(s_j)`` over the visible keys that are not among them."""
+
+    report: Report
+    log_dropped: np.ndarray  # (h, m); -inf where nothing was dropped
+    kind: str  # of the certificate: "exact" or "deterministic"
+
+
+class Policy(Protocol):
+    """Chooses the keys of softmax attention."""
+
+    def select(self, visible: Visible) -> Selection: ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every visible key: the exact output, and the baseline."""
+
+    def select(self, visible: Visible) -> Selection:
+        """Report the half-space at -inf."""
+        report = visible.index.query(visible.q, -math.inf, prefix=visible.limits)
+        return Selection(report, np.full(visible.limits.shape, -np.inf), "exact")
+
+
+@dataclass(frozen=True)
+class TopR:
+    """The index-set softmax over the r keys of largest score (Theorem 4.2 of arXiv 2410.10165).
+
+    Every dropped key scores at most the smallest kept one, so the dropped weight is at most ``(n - r) exp(s_r)``; Theorem
+    4.3 turns that into an output error.  The bound is honest and often loose: `Certified` chooses by it instead.
+
+    Args:
+        r: at least 1; None means ``ceil(n ** 0.8)`` of the n visible keys.
+
+    Raises:
+        ArgumentError: r is not a whole number of at least 1.
+    """
+
+    r: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.r is not None:
+            checks.whole("r", self.r, 1)
+
+    def select(self, visible: Visible) -> Selection:
+        """Report the top r, or all visible keys where there are fewer."""
+        limits = visible.limits
+        wanted = np.ceil(limits**0.8).astype(np.int64) if self.r is None else np.full(limits.shape, self.r)
+        wanted = np.clip(wanted, 1, visible.index.n)
+        report = visible.index.topk(visible.q, wanted, prefix=limits)
+        last = np.maximum(report.offsets[1:] - 1, 0).reshape(limits.shape)
+        smallest = report.scores[last] if report.scores.size else np.zeros(limits.shape)
+        return Selection(report, _log_tail(visible, report, visible.scale * smallest), "deterministic")
+
+
+@dataclass(frozen=True)
+class Certified:
+    """Every key that could matter: the dropped softmax mass is at most eps, whatever the distribution.
+
+    The half-space lies at ``T = LSE0 + ln(eps / n)`` with LSE0 the log-sum-exp of a few keys scored first: at most n keys lie
+    below it, each of weight below ``exp(T)``, so they hold at most ``eps exp(LSE0) <= eps sum_j exp(s_j)``.
+
+    Args:
+        eps: bound on the dropped mass, in [0, 1); 0 keeps every key.
+        sinks, recent, spread: how many first, last and evenly spaced keys LSE0 is taken from; they change the cost, not
+            the guarantee.
+
+    Raises:
+        ArgumentError: eps outside [0, 1), or a count that is not a whole number of at least 0.
+    """
+
+    eps: float = 0.01
+    sinks: int = 4
+    recent: int = 64
+    spread: int = 192
+
+    def __post_init__(self) -> None:
+        checks.real("eps", self.eps, 0.0, 1.0)
+        for name in ("sinks", "recent", "spread"):
+            checks.whole(name, getattr(self, name), 0)
+
+    def select(self, visible: Visible) -> Selection:
+        """Report the half-space at T."""
+        index, q, queries, limits, scale = visible
+        heads = index.heads
+        floor = lse_floor(
+            index.keys.reshape(heads, index.n, index.d),
+            queries.reshape(heads, -1, index.d),
+            limits.reshape(heads, -1),
+            scale,
+            self.sinks,
+            self.recent,
+            self.spread,
+        ).reshape(limits.shape)
+        with np.errstate(divide="ignore"):
+            threshold = floor - visible.score_error() + np.log(self.eps / np.maximum(limits, 1))
+        report = index.query(q, threshold / scale, prefix=limits)
+        return Selection(report, _log_tail(visible, report, threshold), "deterministic")
+
+
+def _log_tail(visible: Visible, report: Report, highest: np.ndarray) -> np.ndarray:
+    """ln of (visible keys not reported) exp(highest scaled score any of them can have)."""
+    with np.errstate(divide="ignore"):
+        return np.log(visible.limits - report.counts) + (highest + 2 * visible.score_error())

@@ -1,0 +1,60 @@
+"""Algorithm 3 of arXiv 2410.10165: build the index inside the call, then answer every row of the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attention.engine import Plan, fold
+from attention.policies import Policy
+from attention.result import Result, joined
+from attention.values import Values
+from attention.weights import ReLUPower, Softmax
+from hsr import HSRIndex
+from hsr.errors import ArgumentError
+
+PAIRS = 1 << 24  # (row, key) pairs attended at a time, over all heads: bounds the memory of a report
+
+
+def prefill(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = True,
+    weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
+    policy: Policy | None = None,
+    scale: float | None = None,
+    method: str = "auto",
+) -> Result:
+    """Attention of a prompt's rows over its keys.
+
+    Args:
+        q: (h, m, d) or (B, h, m, d).
+        k: (g, n, d) or (B, g, n, d), h a multiple of g.
+        v: (g, n, dv) or (B, g, n, dv).
+        causal: row i sees the keys up to ``i + n - m`` (bottom-right aligned, so m < n continues a cached prefix).
+        weight, policy, scale: as for `decode`.
+        method: index method, a name of the dispatch table or "auto".
+
+    Returns:
+        Result: output (h, m, dv) or (B, h, m, dv) with log-sum-exp, certificate and counters.
+
+    Raises:
+        ArgumentError: as for `decode`; also causal with m > n, whose first rows would see no key.
+    """
+    plan = Plan(weight, policy, scale)
+    queries, keys, values = fold("q", q), fold("k", k), fold("v", v)
+    heads, m = queries.shape[:2]
+    n = keys.shape[1]
+    if len(q.shape) != len(k.shape) or (len(q.shape) == 4 and q.shape[0] != k.shape[0]):
+        raise ArgumentError(f"q must have the batch of k, {tuple(k.shape)}; got {tuple(q.shape)}")
+    if causal and m > n:
+        raise ArgumentError(f"q must have at most {n} rows, one per key, when causal; got {m}")
+    index, kept = HSRIndex(keys, method), Values(values)
+    seen = np.arange(n - m, n) + 1 if causal else np.full(m, n)
+    limits = np.broadcast_to(seen, (heads, m)).astype(np.int64)
+    step = max(1, PAIRS // (heads * n))
+    blocks = [slice(first, first + step) for first in range(0, max(m, 1), step)]
+    return joined([plan.attend(queries[:, rows], index, kept, limits[:, rows]) for rows in blocks]).shaped(q.shape[:-1], q)

@@ -1,0 +1,77 @@
+"""What attention means here: plain numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attention.weights import ReLUPower, Softmax
+
+
+def weigh(scores: np.ndarray, weight: Softmax | ReLUPower) -> tuple[np.ndarray, np.ndarray]:
+    """scores (..., n), -inf where hidden -> weights (..., n) up to a factor exp(shift), and shift (...)."""
+    if isinstance(weight, Softmax):
+        shift = scores.max(axis=-1, initial=-np.inf)
+        return np.exp(scores - np.where(np.isfinite(shift), shift, 0.0)[..., None]), shift
+    return np.maximum(scores - weight.b, 0.0) ** weight.alpha, np.zeros(scores.shape[:-1])
+
+
+def dense(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    weight: Softmax | ReLUPower,
+    scale: float,
+    causal: bool = False,
+    keep: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """q (h, m, d), k (g, n, d), v (g, n, dv) -> output (h, m, dv) and log of the weights' sum (h, m), float64.
+
+    ``output = D^-1 A V`` with ``A_ij = w(scale <q_i, k_j>)`` and ``D = diag(A 1)`` (Definitions 1.1 and 1.2).  ``causal`` hides
+    keys j > i + n - m (bottom-right aligned); ``keep`` (h, m, n) bool restricts to an index set, re-normalised on it.  A row
+    without weight gives zeros, and -inf for the logarithm.
+    """
+    repeat = q.shape[0] // k.shape[0]
+    k, v = (np.repeat(x.astype(np.float64), repeat, axis=0) for x in (k, v))
+    scores = scale * np.einsum("hmd,hNd->hmN", q.astype(np.float64), k)
+    m, n = scores.shape[1:]
+    seen = np.tri(m, n, n - m, dtype=bool) if causal else np.ones((m, n), bool)
+    scores[~np.broadcast_to(seen if keep is None else seen & keep, scores.shape)] = -np.inf
+    weights, shift = weigh(scores, weight)
+    total = weights.sum(axis=-1)
+    with np.errstate(divide="ignore"):
+        lse = np.log(total) + shift
+    output = np.einsum("hmN,hNd->hmd", weights, v) / np.where(total > 0, total, 1.0)[..., None]
+    return output, lse
+
+
+def attend(
+    offsets: np.ndarray,
+    indices: np.ndarray,
+    scores: np.ndarray,
+    values: np.ndarray,
+    error: np.ndarray,
+    weight: Softmax | ReLUPower,
+    scale: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """CSR of raw products, values (g, n, dv), error (rows,) -> output (rows, dv), log-sum (rows,), slope (rows,), float64.
+
+    The rows are split evenly over the g heads.  ``slope`` bounds the relative change of the weights' sum per unit of score,
+    for scores that may be off by ``error``: ``sum_j alpha (max(s_j - b, 0) + error)**(alpha - 1) / sum_j w_j``; 1 for Softmax.
+    An empty row gives zeros, -inf and 0.
+    """
+    rows = len(offsets) - 1
+    output, lse, slope = np.zeros((rows, values.shape[2])), np.full(rows, -np.inf), np.zeros(rows)
+    for row in range(rows):
+        part = slice(offsets[row], offsets[row + 1])
+        head = row * len(values) // rows
+        s = scale * scores[part]
+        weights, shift = weigh(s, weight)
+        total = weights.sum()
+        if total > 0:
+            output[row] = weights @ values[head, indices[part]].astype(np.float64) / total
+            lse[row] = np.log(total) + shift
+            slope[row] = 1.0
+            if isinstance(weight, ReLUPower):
+                above = np.maximum(s - weight.b, 0) + error[row]
+                slope[row] = (weight.alpha * above ** (weight.alpha - 1)).sum() / total
+    return output, lse, slope

@@ -1,0 +1,78 @@
+"""A growing cache that one attends to step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from attention.engine import Plan, fold
+from attention.policies import Policy
+from attention.result import Result
+from attention.values import Values
+from attention.weights import ReLUPower, Softmax
+from hsr import HSRIndex
+from hsr.errors import ArgumentError
+
+
+class DecodeSession:
+    """Keys and values of one attention layer: `append` new tokens, `attend` with new queries.
+
+    Args:
+        k: (g, n, d) or (B, g, n, d), n >= 1.
+        v: (g, n, dv) or (B, g, n, dv).
+        weight, policy, scale: as for `attention.decode`.
+        method: index method, a name of the dispatch table or "auto".
+
+    Raises:
+        ArgumentError: shapes or dtypes that do not fit, NaN or infinity, a policy for ReLUPower.
+    """
+
+    def __init__(
+        self,
+        k: Any,
+        v: Any,
+        *,
+        weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
+        policy: Policy | None = None,
+        scale: float | None = None,
+        method: str = "auto",
+    ) -> None:
+        self._plan = Plan(weight, policy, scale)
+        keys, values = fold("k", k), Values(fold("v", v))
+        self._leading = tuple(k.shape[:-2])
+        if tuple(v.shape[:-1]) != tuple(k.shape[:-1]) or values.dtype != str(k.dtype).removeprefix("torch."):
+            raise ArgumentError(
+                f"v must be {(*k.shape[:-1], 'dv')} of {k.dtype} to match k; got {tuple(v.shape)} of {v.dtype}"
+            )
+        self._index, self._values = HSRIndex(keys, method), values
+
+    @property
+    def index(self) -> HSRIndex:
+        """The index over the keys, batch folded into the heads."""
+        return self._index
+
+    @property
+    def n(self) -> int:
+        """Number of cached tokens."""
+        return self._index.n
+
+    def append(self, k: Any, v: Any) -> None:
+        """Add tokens: k (g, t, d), v (g, t, dv), or with a leading B; if either is refused, neither is added.
+
+        Raises:
+            ArgumentError: shapes or dtypes that do not match the cache, NaN or infinity.
+        """
+        keys, values = fold("k", k), self._values.checked(fold("v", v))
+        if tuple(k.shape[:-2]) != self._leading or tuple(v.shape[:-1]) != tuple(k.shape[:-1]):
+            raise ArgumentError(f"k and v must be {(*self._leading, 't')} wide; got {tuple(k.shape)}, {tuple(v.shape)}")
+        self._index.append(keys)
+        self._values.append(values)
+
+    def attend(self, q: Any) -> Result:
+        """Attention of q (h, m, d) or (B, h, m, d) over every cached token; see `attention.decode`."""
+        folded = fold("q", q)
+        if len(q.shape) != len(self._leading) + 2 or tuple(q.shape[:-3]) != self._leading[:-1]:
+            raise ArgumentError(f"q must have the cache's batch {self._leading[:-1]}; got shape {tuple(q.shape)}")
+        limits = np.full(folded.shape[:2], self.n, np.int64)
+        return self._plan.attend(folded, self._index, self._values, limits).shaped(q.shape[:-1], q)

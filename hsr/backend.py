@@ -1,0 +1,72 @@
+"""The dispatch table: which module serves which operation, and why one does not.
+
+Methods of the index are rows of the operation ``build``; a method asked for by name is served or refused, never replaced.
+The choice is made once, when an index or a session is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hsr.errors import ArgumentError, BackendUnavailable
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one operation."""
+
+    op: str
+    method: str
+    module: str
+    device: str  # "cpu", "cuda" or "any"
+    serves: str  # what it is for, in a few words; the README's table shows it
+    needs: tuple[str, ...] = ()
+
+    def refusal(self, device: str, **call: object) -> str | None:
+        """Why this row cannot serve the call; None if it can."""
+        if self.device not in ("any", device):
+            return f"runs on {self.device}, the arrays are on {device}"
+        for package in self.needs:
+            if importlib.util.find_spec(package) is None:
+                return f"needs the package {package}, which is not installed"
+        module = importlib.import_module(self.module)
+        return module.refuses(**call) if hasattr(module, "refuses") else None
+
+    def function(self) -> Callable[..., Any]:
+        """The function that serves the operation; it is named like the operation."""
+        return getattr(importlib.import_module(self.module), self.op)
+
+
+ROWS = (
+    Row("build", "reference", "hsr.reference", "cpu", "the definition, plain float64 numpy"),
+    Row("build", "brute", "hsr.brute_numba", "cpu", "few keys; scores every one"),
+    Row("build", "tree", "hsr.tree_numba", "cpu", "small d (2 to about 8); box bounds, whole subtrees at once"),
+    Row("build", "sketch", "hsr.sketch_numba", "cpu", "attention's d (16 to 256); int8 codes with a proven bound"),
+    Row("attend", "numba", "attention.attend_numba", "cpu", "weighted values over reported keys"),
+    Row("attend", "reference", "attention.reference", "cpu", "the definition, plain float64 numpy"),
+)
+
+
+def methods(op: str) -> tuple[str, ...]:
+    """Names of the rows that implement an operation, in order of preference."""
+    return tuple(row.method for row in ROWS if row.op == op)
+
+
+def choose(op: str, method: str, *, device: str = "cpu", **call: object) -> Callable[..., Any]:
+    """The function of the row named ``method``.
+
+    Raises:
+        ArgumentError: no such row.
+        BackendUnavailable: the row cannot serve this call; the message has its reason.
+    """
+    for row in ROWS:
+        if (row.op, row.method) == (op, method):
+            reason = row.refusal(device, **call)
+            if reason is not None:
+                raise BackendUnavailable(f"method {method!r} cannot serve this call: it {reason}")
+            return row.function()
+    raise ArgumentError(f"method must be one of {', '.join(methods(op))}; got {method!r}")

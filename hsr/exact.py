@@ -1,0 +1,47 @@
+"""The exact membership test that every numba method ends in.
+
+Products of float32 values are exact in float64, so only the summation rounds.  Any two float64 summation orders of
+``<q, k>`` differ by at most ``2 g sum_i |q_i k_i|`` with ``g = d u / (1 - d u)``, ``u = 2**-53`` (float64 keys: one more
+``u`` for the product), plus underflow.  A key is reported iff its score lies within that band of the threshold or above,
+so no order of summation, fast-math included, can lose a key that another order would report.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+BAND = 2.3e-16  # a little over 2 u, per addition and product
+UNDERFLOW = 1e-323  # two roundings to a subnormal, per dimension
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
+def score(query, key):
+    """query (d,) float64, key (d,) float32 or float64 -> ``<q, k>``, float64."""
+    total = 0.0
+    for i in range(query.shape[0]):
+        total += query[i] * np.float64(key[i])
+    return total
+
+
+@njit(cache=True)
+def band(query, key):
+    """The rounding band of ``score(query, key)``."""
+    magnitude = 0.0
+    for i in range(query.shape[0]):
+        magnitude += abs(query[i] * np.float64(key[i]))
+    return (query.shape[0] + 1) * (BAND * magnitude + UNDERFLOW)
+
+
+@njit(cache=True)
+def reaches(query, key, total, threshold, widest):
+    """Whether ``total = score(query, key)`` lies above the threshold or in its band; ``widest`` bounds any key's band."""
+    if total >= threshold:
+        return True
+    return total + widest >= threshold and total + band(query, key) >= threshold
+
+
+def widest_band(queries: np.ndarray, largest: float) -> np.ndarray:
+    """queries (m, d) float64, largest magnitude of any key entry -> (m,) float64, at least the band of every key."""
+    width = queries.shape[1] + 1
+    return width * (1.01 * BAND * np.abs(queries).sum(axis=1) * largest + UNDERFLOW)

@@ -1,0 +1,58 @@
+"""Exact top-k through half-space reporting: place the half-space from a sample, check that it holds r keys, cut to r."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from hsr.exact import score
+from hsr.report import Report
+from hsr.rows import offsets_of
+
+SAMPLE = 1024  # keys scored per query to place the half-space
+DEVIATIONS = 4.0  # by how many standard deviations of the sample's count the half-space is widened
+
+
+@njit(parallel=True, cache=True)
+def _place(keys, queries, limits, wanted, thresholds):
+    for i in prange(len(queries)):
+        size = min(limits[i], SAMPLE)
+        expected = wanted[i] * size / max(limits[i], 1)
+        rank = np.int64(np.ceil(expected + DEVIATIONS * np.sqrt(expected))) + 1
+        if rank >= size:
+            thresholds[i] = -np.inf
+        else:
+            scores = np.empty(size)
+            for j in range(size):
+                scores[j] = score(queries[i], keys[j * limits[i] // size])
+            thresholds[i] = np.partition(scores, size - rank)[size - rank]
+
+
+def thresholds(keys: np.ndarray, queries: np.ndarray, limits: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """keys (n, d), queries (m, d) float64, limits and wanted (m,) int64 -> thresholds (m,) float64.
+
+    Each half-space is likely to hold at least ``wanted`` of the first ``limits`` keys, and not many more.  The sample is
+    evenly spaced, hence deterministic.
+    """
+    placed = np.empty(len(queries))
+    _place(keys, queries, limits, wanted, placed)
+    return placed
+
+
+@njit(parallel=True, cache=True)
+def _cut(offsets, indices, scores, targets, cut_indices, cut_scores):
+    for i in prange(len(targets) - 1):
+        row_indices, row_scores = indices[offsets[i] : offsets[i + 1]], scores[offsets[i] : offsets[i + 1]]
+        by_index = np.argsort(row_indices)
+        order = by_index[np.argsort(-row_scores[by_index], kind="mergesort")]
+        wanted = targets[i + 1] - targets[i]
+        cut_indices[targets[i] : targets[i + 1]] = row_indices[order[:wanted]]
+        cut_scores[targets[i] : targets[i + 1]] = row_scores[order[:wanted]]
+
+
+def largest(report: Report, wanted: np.ndarray) -> Report:
+    """The ``wanted`` (rows,) best keys of each row, in descending order of score, ties to the lower index."""
+    targets = offsets_of(wanted)
+    indices, scores = np.empty(targets[-1], report.indices.dtype), np.empty(targets[-1])
+    _cut(report.offsets, report.indices, report.scores, targets, indices, scores)
+    return Report(targets, indices, scores, report.shape, report.n, report.scanned, report.visited, report.method)
