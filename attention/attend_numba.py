@@ -10,7 +10,7 @@ from attention.weights import ReLUPower, Softmax
 
 @njit(parallel=True, cache=True)
 def _attend(offsets, indices, scores, values, error, scale, alpha, b, output, lse, slope):
-    """alpha = 0 is Softmax; otherwise max(s - b, 0) ** alpha.  Rows are split evenly over the heads of values (g, n, dv)."""
+    """alpha = 0 is Softmax, else max(s - b, 0) ** alpha; rows are split evenly over the heads of values (g, n, dv)."""
     rows = len(offsets) - 1
     width = values.shape[2]
     for row in prange(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,18 +47,20 @@ class Plan:
             checks.real("scale", self.scale, np.nextafter(0, 1), np.inf)
 
     def attend(self, q: Any, index: HSRIndex, values: Values, limits: np.ndarray) -> Result:
-        """q (h, m, d), index over (g, n, d), values of (g, n, dv), limits (h, m) -> Result of leading shape (h, m), its
-        output still float64."""
+        """q (h, m, d), index over (g, n, d), values of (g, n, dv), limits (h, m) -> Result (h, m), output float64."""
         if values.array.shape[:2] != (index.heads, index.n) or values.dtype != index.dtype:
             raise ArgumentError(
                 f"v must be ({index.heads}, {index.n}, dv) of {index.dtype} to match keys; "
                 f"got {values.array.shape} of {values.dtype}"
             )
         scale = 1 / np.sqrt(index.d) if self.scale is None else float(self.scale)
-        queries = checks.floats("q", q, (3,)).astype(np.float64)
+        queries = _checked(q, index).astype(np.float64)
         visible = Visible(index, q, queries, limits, scale)
+        error = visible.score_error()
+        if not np.isfinite(error).all():
+            raise ArgumentError("q and k must have scores within float64; got products that overflow it")
         report, log_dropped, kind = self._select(visible)
-        run, error = choose("attend", self.method), visible.score_error()
+        run = choose("attend", self.method)
         output, lse, slope = run(
             report.offsets, report.indices, report.scores, values.array, error.ravel(), self.weight, scale
         )
@@ -77,9 +80,20 @@ class Plan:
         return (self.policy or Certified()).select(visible)
 
 
+def _checked(q: Any, index: HSRIndex) -> np.ndarray:
+    """q (h, m, d) as numpy, if it fits the index."""
+    queries = checks.floats("q", q, (3,))
+    if checks.dtype_name("q", q) != index.dtype:
+        raise ArgumentError(f"q must have the keys' dtype {index.dtype}; got {q.dtype}")
+    if queries.shape[2] != index.d:
+        raise ArgumentError(f"q must have width {index.d} to match keys; got shape {tuple(q.shape)}")
+    checks.grouped("q", len(queries), index.heads)
+    return queries
+
+
 def fold(name: str, array: Any) -> Any:
     """(B, heads, rows, width) -> (B heads, rows, width); three axes stay as they are, anything else is refused."""
     shape = tuple(getattr(array, "shape", ()))
     if len(shape) not in (3, 4):
         raise ArgumentError(f"{name} must be (heads, rows, width) or (B, heads, rows, width); got shape {shape}")
-    return array.reshape(-1, *shape[-2:])
+    return array.reshape(math.prod(shape[:-2]), *shape[-2:])

@@ -16,7 +16,8 @@ from attention.probe_numba import lse_floor
 from hsr import HSRIndex, Report, checks
 
 
-class Visible(NamedTuple):
+@dataclass(frozen=True)
+class Visible:
     """Queries that face an index: each sees its first ``limits`` keys."""
 
     index: HSRIndex
@@ -27,7 +28,8 @@ class Visible(NamedTuple):
 
     def score_error(self) -> np.ndarray:
         """Bound (h, m) on the float64 rounding of any scaled score."""
-        magnitude = np.abs(self.queries).sum(axis=-1) * self.index.largest * self.scale
+        with np.errstate(over="ignore"):
+            magnitude = np.abs(self.queries).sum(axis=-1) * self.index.largest * self.scale
         return (self.index.d + 4) * 2.0**-52 * magnitude
 
 
@@ -42,7 +44,9 @@ class Selection(NamedTuple):
 class Policy(Protocol):
     """Chooses the keys of softmax attention."""
 
-    def select(self, visible: Visible) -> Selection: ...
+    def select(self, visible: Visible) -> Selection:
+        """Report keys for every query, with a bound on what was left out."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class Dense:
 class TopR:
     """The index-set softmax over the r keys of largest score (Theorem 4.2 of arXiv 2410.10165).
 
-    Every dropped key scores at most the smallest kept one, so the dropped weight is at most ``(n - r) exp(s_r)``; Theorem
-    4.3 turns that into an output error.  The bound is honest and often loose: `Certified` chooses by it instead.
+    Every dropped key scores at most the smallest kept one, so the dropped weight is at most ``(n - r) exp(s_r)``;
+    Theorem 4.3 turns that into an output error.  The bound is honest and often loose: `Certified` chooses by it
+    instead.
 
     Args:
         r: at least 1; None means ``ceil(n ** 0.8)`` of the n visible keys.
@@ -78,7 +83,7 @@ class TopR:
     def select(self, visible: Visible) -> Selection:
         """Report the top r, or all visible keys where there are fewer."""
         limits = visible.limits
-        wanted = np.ceil(limits**0.8).astype(np.int64) if self.r is None else np.full(limits.shape, self.r)
+        wanted = np.ceil(limits**0.8 - 1e-9).astype(np.int64) if self.r is None else np.full(limits.shape, self.r)
         wanted = np.clip(wanted, 1, visible.index.n)
         report = visible.index.topk(visible.q, wanted, prefix=limits)
         last = np.maximum(report.offsets[1:] - 1, 0).reshape(limits.shape)
@@ -90,8 +95,8 @@ class TopR:
 class Certified:
     """Every key that could matter: the dropped softmax mass is at most eps, whatever the distribution.
 
-    The half-space lies at ``T = LSE0 + ln(eps / n)`` with LSE0 the log-sum-exp of a few keys scored first: at most n keys lie
-    below it, each of weight below ``exp(T)``, so they hold at most ``eps exp(LSE0) <= eps sum_j exp(s_j)``.
+    The half-space lies at ``T = LSE0 + ln(eps / n)`` with LSE0 the log-sum-exp of a few keys scored first: at most n
+    keys lie below it, each of weight below ``exp(T)``, so they hold at most ``eps exp(LSE0) <= eps sum_j exp(s_j)``.
 
     Args:
         eps: bound on the dropped mass, in [0, 1); 0 keeps every key.
@@ -114,11 +119,11 @@ class Certified:
 
     def select(self, visible: Visible) -> Selection:
         """Report the half-space at T."""
-        index, q, queries, limits, scale = visible
+        index, limits, scale = visible.index, visible.limits, visible.scale
         heads = index.heads
         floor = lse_floor(
             index.keys.reshape(heads, index.n, index.d),
-            queries.reshape(heads, -1, index.d),
+            visible.queries.reshape(heads, -1, index.d),
             limits.reshape(heads, -1),
             scale,
             self.sinks,
@@ -127,7 +132,7 @@ class Certified:
         ).reshape(limits.shape)
         with np.errstate(divide="ignore"):
             threshold = floor - visible.score_error() + np.log(self.eps / np.maximum(limits, 1))
-        report = index.query(q, threshold / scale, prefix=limits)
+        report = index.query(visible.q, threshold / scale, prefix=limits)
         return Selection(report, _log_tail(visible, report, threshold), "deterministic")
 
 

@@ -35,7 +35,9 @@ def prefill(
         k: (g, n, d) or (B, g, n, d), h a multiple of g.
         v: (g, n, dv) or (B, g, n, dv).
         causal: row i sees the keys up to ``i + n - m`` (bottom-right aligned, so m < n continues a cached prefix).
-        weight, policy, scale: as for `decode`.
+        weight: as for `decode`.
+        policy: as for `decode`.
+        scale: as for `decode`.
         method: index method, a name of the dispatch table or "auto".
 
     Returns:
@@ -57,4 +59,6 @@ def prefill(
     limits = np.broadcast_to(seen, (heads, m)).astype(np.int64)
     step = max(1, PAIRS // (heads * n))
     blocks = [slice(first, first + step) for first in range(0, max(m, 1), step)]
-    return joined([plan.attend(queries[:, rows], index, kept, limits[:, rows]) for rows in blocks]).shaped(q.shape[:-1], q)
+    return joined([plan.attend(queries[:, rows], index, kept, limits[:, rows]) for rows in blocks]).shaped(
+        q.shape[:-1], q
+    )

@@ -32,7 +32,7 @@ def _probe(keys, queries, limits, scale, sinks, recent, spread, lse):
 def lse_floor(
     keys: np.ndarray, queries: np.ndarray, limits: np.ndarray, scale: float, sinks: int, recent: int, spread: int
 ) -> np.ndarray:
-    """keys (g, n, d), queries (g, rows, d) float64, limits (g, rows) int64 -> at most the LSE (g, rows) of visible keys.
+    """keys (g, n, d), queries (g, rows, d) float64, limits (g, rows) int64 -> at most the LSE (g, rows).
 
     Scored are the first ``sinks`` keys, the last ``recent``, and ``spread`` evenly spaced between: where attention mass
     usually lies.  A row that sees no key gives -inf.

@@ -26,9 +26,9 @@ def dense(
 ) -> tuple[np.ndarray, np.ndarray]:
     """q (h, m, d), k (g, n, d), v (g, n, dv) -> output (h, m, dv) and log of the weights' sum (h, m), float64.
 
-    ``output = D^-1 A V`` with ``A_ij = w(scale <q_i, k_j>)`` and ``D = diag(A 1)`` (Definitions 1.1 and 1.2).  ``causal`` hides
-    keys j > i + n - m (bottom-right aligned); ``keep`` (h, m, n) bool restricts to an index set, re-normalised on it.  A row
-    without weight gives zeros, and -inf for the logarithm.
+    ``output = D^-1 A V`` with ``A_ij = w(scale <q_i, k_j>)`` and ``D = diag(A 1)`` (Definitions 1.1 and 1.2).
+    ``causal`` hides keys j > i + n - m (bottom-right aligned); ``keep`` (h, m, n) bool restricts to an index set,
+    re-normalised on it.  A row without weight gives zeros, and -inf for the logarithm.
     """
     repeat = q.shape[0] // k.shape[0]
     k, v = (np.repeat(x.astype(np.float64), repeat, axis=0) for x in (k, v))
@@ -53,11 +53,11 @@ def attend(
     weight: Softmax | ReLUPower,
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """CSR of raw products, values (g, n, dv), error (rows,) -> output (rows, dv), log-sum (rows,), slope (rows,), float64.
+    """CSR of raw products, values (g, n, dv), error (rows,) -> output (rows, dv), log-sum (rows,), slope (rows,).
 
-    The rows are split evenly over the g heads.  ``slope`` bounds the relative change of the weights' sum per unit of score,
-    for scores that may be off by ``error``: ``sum_j alpha (max(s_j - b, 0) + error)**(alpha - 1) / sum_j w_j``; 1 for Softmax.
-    An empty row gives zeros, -inf and 0.
+    The rows are split evenly over the g heads.  ``slope`` bounds the relative change of the weights' sum per unit of
+    score, for scores that may be off by ``error``: ``sum_j alpha (max(s_j - b, 0) + error)**(alpha - 1) / sum_j w_j``;
+    1 for Softmax. An empty row gives zeros, -inf and 0.
     """
     rows = len(offsets) - 1
     output, lse, slope = np.zeros((rows, values.shape[2])), np.full(rows, -np.inf), np.zeros(rows)

@@ -25,9 +25,9 @@ class Certificate:
     Every array has the queries' leading shape.
 
     Attributes:
-        kind: "exact" (nothing was dropped) or "deterministic" (holds for every input).
-        dropped_mass: bound on the share of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165).
-        output_error: bound on ``||output - exact||_2``.  The truncation part uses ``exact - output = tau (mu - output)``
+        kind: "exact" (nothing was dropped) or "deterministic" (holds for every input). dropped_mass: bound on the share
+        of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165). output_error: bound on ``||output -
+        exact||_2``.  The truncation part uses ``exact - output = tau (mu - output)``
             with mu, the mean of the dropped values, inside the values' ball; the rest bounds the rounding, that of the
             output's own dtype included.
         relative_error: bound on ``||output - exact||_2 / ||exact||_2``; infinite where the bound exceeds the output.
@@ -109,7 +109,7 @@ def certify(
     weight: Softmax | ReLUPower,
     kind: str,
 ) -> Certificate:
-    """output (h, m, dv), lse to reported (h, m), h a multiple of the values' heads -> the certificate, arrays (h, m)."""
+    """output (h, m, dv), lse to reported (h, m), h a multiple of the values' heads -> certificate, arrays (h, m)."""
     repeat = len(output) // len(values.radius)
     centre, radius = np.repeat(values.centre, repeat, axis=0), np.repeat(values.radius, repeat)[:, None]
     distance = np.sqrt(((output - centre[:, None]) ** 2).sum(axis=2))

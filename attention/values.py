@@ -13,8 +13,8 @@ from hsr.errors import ArgumentError
 class Values:
     """Values (g, n, dv) that grow, inside a ball per head: ``||v_j - centre|| <= radius`` for every j.
 
-    The centre is the mean of the first values and stays; the radius grows with the values.  It keeps its own copy, float32
-    for float32 and narrower, float64 for float64.
+    The centre is the mean of the first values and stays; the radius grows with the values.  It keeps its own copy,
+    float32 for float32 and narrower, float64 for float64.
     """
 
     def __init__(self, values: Any) -> None:

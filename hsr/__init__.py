@@ -1,7 +1,7 @@
 """Half-space reporting: given keys K, report every key with ``<q, k> >= b``, fast and without false negatives.
 
-Letters used throughout: ``n`` keys, ``m`` queries, ``d`` width, ``h`` query heads, ``g`` key-value heads, ``G = h / g``, ``r`` a
-number of keys, ``nnz`` reported pairs.  Half-spaces are closed.
+Letters used throughout: ``n`` keys, ``m`` queries, ``d`` width, ``h`` query heads, ``g`` key-value heads, ``G = h /
+g``, ``r`` a number of keys, ``nnz`` reported pairs.  Half-spaces are closed.
 """
 
 from hsr.backend import ROWS, Row, methods

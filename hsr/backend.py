@@ -1,7 +1,7 @@
 """The dispatch table: which module serves which operation, and why one does not.
 
-Methods of the index are rows of the operation ``build``; a method asked for by name is served or refused, never replaced.
-The choice is made once, when an index or a session is made.
+Methods of the index are rows of the operation ``build``; a method asked for by name is served or refused, never
+replaced. The choice is made once, when an index or a session is made.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def dtype_name(name: str, array: Any) -> str:
 
 
 def floats(name: str, array: Any, ndim: tuple[int, ...]) -> np.ndarray:
-    """A finite array of one of the given ranks, as C-contiguous float32 or float64; a view where that is one already."""
+    """A finite array of one of the given ranks, as C-contiguous float32 or float64; a view where it is one already."""
     dtype = dtype_name(name, array)
     if array.ndim not in ndim:
         wanted = " or ".join(f"{k} axes" for k in ndim)
@@ -69,7 +69,7 @@ def thresholds(threshold: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def lengths(name: str, values: Any, shape: tuple[int, ...], most: int, least: int = 0) -> np.ndarray:
-    """None, a scalar or an array of ``shape``, whole numbers in least..most -> int64 of ``shape`` (None: all ``most``)."""
+    """None, a scalar or an array of ``shape``, whole numbers in least..most -> int64 of ``shape``; None is ``most``."""
     if values is None:
         return np.full(shape, most, np.int64)
     found = np.asarray(values)

@@ -1,9 +1,9 @@
 """The exact membership test that every numba method ends in.
 
 Products of float32 values are exact in float64, so only the summation rounds.  Any two float64 summation orders of
-``<q, k>`` differ by at most ``2 g sum_i |q_i k_i|`` with ``g = d u / (1 - d u)``, ``u = 2**-53`` (float64 keys: one more
-``u`` for the product), plus underflow.  A key is reported iff its score lies within that band of the threshold or above,
-so no order of summation, fast-math included, can lose a key that another order would report.
+``<q, k>`` differ by at most ``2 g sum_i |q_i k_i|`` with ``g = d u / (1 - d u)``, ``u = 2**-53`` (float64 keys: one
+more ``u`` for the product), plus underflow.  A key is reported iff its score lies within that band of the threshold or
+above, so no order of summation, fast-math included, can lose a key that another order would report.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def band(query, key):
 
 @njit(cache=True)
 def reaches(query, key, total, threshold, widest):
-    """Whether ``total = score(query, key)`` lies above the threshold or in its band; ``widest`` bounds any key's band."""
+    """Whether ``total = score(query, key)`` lies above the threshold or in its band; ``widest`` bounds every band."""
     if total >= threshold:
         return True
     return total + widest >= threshold and total + band(query, key) >= threshold

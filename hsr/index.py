@@ -14,12 +14,11 @@ from hsr.backend import choose
 from hsr.errors import ArgumentError
 from hsr.growth import Segment, grown
 from hsr.report import Hits, Report
-from hsr.rows import concatenate
-from hsr.scaling import exponent, overflow_shift
-from hsr.rows import stacked
-from hsr.topk_numba import largest
-from hsr.topk_numba import thresholds as topk_thresholds
+from hsr.rows import concatenate, stacked
+from hsr.scaling import without_overflow
+from hsr.topk_numba import largest, sampled_thresholds
 
+MOST = 1 << 30  # most keys in one structure, whose positions are int32
 SCRATCH = 1 << 26  # most (query, key) pairs one structure call may face; its scratch is that large, untouched
 
 
@@ -50,12 +49,12 @@ class HSRIndex:
         self._buffer = checks.whole("buffer", buffer, 1)
         self._dtype = checks.dtype_name("keys", keys)
         self._heads_axis = array.ndim == 3
-        self._store = array.reshape(-1, *array.shape[-2:]).copy()  # (g, capacity, d)
+        self._store = (array if self._heads_axis else array[None]).copy()  # (g, capacity, d)
         self._n = array.shape[-2]
         self._largest = float(np.abs(self._store).max())
         self._choice = selection.suggest(self._store[0]) if method == "auto" else selection.asked(method)
         self._build = choose("build", self._choice.method, d=self.d, n=self.n)
-        self._segments = tuple((Segment(0, self.n, self._build(head)),) for head in self._store)
+        self._segments = tuple(self._built(head) for head in self._store)
 
     @property
     def n(self) -> int:
@@ -114,7 +113,7 @@ class HSRIndex:
         """How many keys `query` would report: int64, shape (m,) or (h, m).  Arguments and errors as for `query`."""
         return self._query(queries, threshold, prefix, collect=False).counts
 
-    def topk(self, queries: Any, r: int, *, prefix: Any = None) -> Report:
+    def topk(self, queries: Any, r: Any, *, prefix: Any = None) -> Report:
         """The r keys of largest ``<q, k>`` per query (all of a shorter prefix), in descending order.
 
         A half-space that should hold them is placed from a sample of the keys and reported; where it holds fewer, it is
@@ -131,12 +130,7 @@ class HSRIndex:
         rows, shape = self._rows(queries)
         limits = checks.lengths("prefix", prefix, shape, self.n)
         wanted = np.minimum(checks.lengths("r", r, shape, self.n, least=1), limits)
-        bounds = np.concatenate(
-            [
-                topk_thresholds(self._store[head], rows[head], *(part.reshape(self.heads, -1)[head] for part in (limits, wanted)))
-                for head in range(self.heads)
-            ]
-        ).reshape(shape)
+        bounds = sampled_thresholds(self._store, rows, limits, wanted, self.largest).reshape(shape)
         found = self._query(queries, bounds, limits, collect=True)
         short = found.counts < wanted
         if short.any():
@@ -151,7 +145,7 @@ class HSRIndex:
         """
         array = checks.floats("keys", keys, (3,) if self._heads_axis else (2,))
         self._require_dtype("keys", keys)
-        array = array.reshape(-1, *array.shape[-2:])
+        array = array if self._heads_axis else array[None]
         if array.shape[0] != self.heads or array.shape[2] != self.d:
             wanted = f"({self.heads}, t, {self.d})" if self._heads_axis else f"(t, {self.d})"
             raise ArgumentError(f"keys must be {wanted} to match the index; got {tuple(keys.shape)}")
@@ -168,7 +162,7 @@ class HSRIndex:
         self._store, self._segments, self._n = store, segments, n
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to one file (see `hsr.storage`); an existing file is replaced only once the new one is whole."""
+        """Write the index to one file (see `hsr.storage`); an existing file stays until the new one is whole."""
         settings = {
             "method": self._choice.method,
             "reasons": list(self._choice.reasons),
@@ -213,6 +207,10 @@ class HSRIndex:
     def __repr__(self) -> str:
         return f"HSRIndex(heads={self.heads}, n={self.n}, d={self.d}, dtype={self.dtype}, method={self.method})"
 
+    def _built(self, keys: np.ndarray) -> tuple[Segment, ...]:
+        starts = range(0, self.n, MOST)
+        return tuple(Segment(a, min(a + MOST, self.n), self._build(keys[a : min(a + MOST, self.n)])) for a in starts)
+
     def _require_dtype(self, name: str, array: Any) -> None:
         found = checks.dtype_name(name, array)
         if found != self._dtype:
@@ -231,16 +229,15 @@ class HSRIndex:
 
     def _query(self, queries: Any, threshold: Any, prefix: Any, *, collect: bool) -> Report:
         rows, shape = self._rows(queries)
-        bounds = checks.thresholds(threshold, shape).reshape(self.heads, -1)
+        bounds = checks.thresholds(threshold, shape).ravel()
         limits = checks.lengths("prefix", prefix, shape, self.n).reshape(self.heads, -1)
-        shift = overflow_shift(rows.reshape(-1, self.d), int(exponent(np.array([self._largest]))))
-        shift = shift.reshape(self.heads, -1)
-        rows, bounds = np.ldexp(rows, -shift[..., None]), np.ldexp(bounds, -shift)
+        flat, shrunk, shift = without_overflow(rows.reshape(-1, self.d), bounds, self.largest)
+        rows, bounds = flat.reshape(rows.shape), shrunk.reshape(limits.shape)
         parts = [part for head in range(self.heads) for part in self._head(head, rows, bounds, limits, collect)]
         hits = stacked(parts)
-        if shift.any():
+        if collect and shift.any():
             with np.errstate(over="ignore"):
-                hits = hits._replace(scores=np.ldexp(hits.scores, np.repeat(shift.ravel(), np.diff(hits.offsets))))
+                hits = hits._replace(scores=np.ldexp(hits.scores, np.repeat(shift, np.diff(hits.offsets))))
         return Report(hits.offsets, hits.indices, hits.scores, shape, self.n, hits.scanned, hits.visited, self.method)
 
     def _head(
@@ -252,9 +249,7 @@ class HSRIndex:
             block = slice(first, first + step)
             yield self._block(head, rows[head, block], bounds[head, block], limits[head, block], collect)
 
-    def _block(
-        self, head: int, rows: np.ndarray, bounds: np.ndarray, limits: np.ndarray, collect: bool
-    ) -> Hits:
+    def _block(self, head: int, rows: np.ndarray, bounds: np.ndarray, limits: np.ndarray, collect: bool) -> Hits:
         runs = list(self._segments[head])
         covered = runs[-1].stop
         if covered < self.n:
@@ -271,4 +266,4 @@ class HSRIndex:
         ]
         if len(parts) == 1:
             return parts[0]
-        return concatenate(parts, [run.start for run in runs], np.int32)
+        return concatenate(parts, [run.start for run in runs], np.int32 if self.n <= MOST else np.int64)

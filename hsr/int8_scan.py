@@ -1,9 +1,9 @@
 """The inner loop of the sketch: four int8 queries against a block of 64 uint8 keys, as bit masks of hits.
 
-Codes lie as (groups, 64, 4): for each group of four axes, four bytes of each of the block's 64 keys.  One load of 64 bytes
-then holds four axes of 16 keys, which is what ``vpdpbusd`` (AVX512-VNNI) multiplies and adds in one instruction.  numba
-cannot name that instruction, so `vnni_block` spells the loop in LLVM IR; `plain_block` is the same loop in Python and
-serves every other CPU.  Sums are exact: at most 255 * 127 * d, within int32 for d up to 66,000.
+Codes lie as (groups, 64, 4): for each group of four axes, four bytes of each of the block's 64 keys.  One load of 64
+bytes then holds four axes of 16 keys, which is what ``vpdpbusd`` (AVX512-VNNI) multiplies and adds in one instruction.
+numba cannot name that instruction, so `vnni_block` spells the loop in LLVM IR; `plain_block` is the same loop in Python
+and serves every other CPU.  Sums are exact: at most 255 * 127 * d, within int32 for d up to 66,000.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ def plain_block(codes, block, queries, tile, least, masks):
         row = queries[tile, i]
         sums[:] = 0
         for group in range(codes.shape[1]):
-            f0, f1, f2, f3 = (np.int32(row[group, 0]), np.int32(row[group, 1]), np.int32(row[group, 2]), np.int32(row[group, 3]))
+            f0, f1, f2, f3 = (
+                np.int32(row[group, 0]),
+                np.int32(row[group, 1]),
+                np.int32(row[group, 2]),
+                np.int32(row[group, 3]),
+            )
             word = words[group]
             for j in range(KEYS):
                 w = word[j, 0]
@@ -56,7 +61,7 @@ def _vnni(typing_context, codes, queries, groups, least, masks):
 
     def codegen(context, builder, signature, arguments):
         p_codes, p_queries, n_groups, p_least, p_masks = arguments
-        i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+        i16, i32, i64 = (ir.IntType(bits) for bits in (16, 32, 64))
         vector = ir.VectorType(i32, LANES)
         multiply_add = builder.module.globals.get("llvm.x86.avx512.vpdpbusd.512") or ir.Function(
             builder.module, ir.FunctionType(vector, [vector] * 3), "llvm.x86.avx512.vpdpbusd.512"
@@ -83,7 +88,8 @@ def _vnni(typing_context, codes, queries, groups, least, masks):
         group.add_incoming(ir.Constant(i64, 0), before)
         keys_at = builder.mul(group, ir.Constant(i64, KEYS * AXES))
         keys = [
-            load(p_codes, builder.add(keys_at, ir.Constant(i64, 4 * LANES * v)), vector, 1) for v in range(KEYS // LANES)
+            load(p_codes, builder.add(keys_at, ir.Constant(i64, 4 * LANES * v)), vector, 1)
+            for v in range(KEYS // LANES)
         ]
         stride = builder.mul(n_groups, ir.Constant(i64, AXES))
         for i in range(QUERIES):

@@ -24,16 +24,15 @@ def products(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.einsum("md,Nd->mN", unit_queries, unit_keys), q_exponent + k_exponent.T
 
 
-def report(
-    queries: np.ndarray, keys: np.ndarray, thresholds: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """queries (m, d), keys (n, d), thresholds (m,) -> offsets (m+1,) int64, indices (nnz,) int32, scores (nnz,) float64.
+def report(queries: np.ndarray, keys: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """queries (m, d), keys (n, d), thresholds (m,) -> offsets (m+1,) int64, indices (nnz,) int32, scores (nnz,).
 
     Row i holds every j with ``<q_i, k_j> >= b_i``, ascending.  A score beyond float64 reads as infinity, and is still
     compared correctly.
     """
     s, e = products(queries, keys)
-    inside = s >= np.ldexp(thresholds[:, None], -e)
+    with np.errstate(over="ignore"):  # a threshold beyond float64 is beyond every score
+        inside = s >= np.ldexp(thresholds[:, None], -e)
     offsets = np.concatenate(([0], np.cumsum(inside.sum(axis=1)))).astype(np.int64)
     rows, indices = np.nonzero(inside)
     with np.errstate(over="ignore"):
@@ -42,7 +41,7 @@ def report(
 
 
 def topk(queries: np.ndarray, keys: np.ndarray, r: int) -> np.ndarray:
-    """queries (m, d), keys (n, d) -> indices (m, r) of the r largest ``<q, k>``, descending, ties to the lower index."""
+    """queries (m, d), keys (n, d) -> indices (m, r) of the r largest ``<q, k>``, descending; ties: lower index."""
     s, e = products(queries, keys)
     with np.errstate(over="ignore"):
         return np.argsort(-np.ldexp(s, e), axis=1, kind="stable")[:, :r]
@@ -56,7 +55,9 @@ class Reference:
         self, keys: np.ndarray, queries: np.ndarray, thresholds: np.ndarray, limits: np.ndarray, collect: bool
     ) -> Hits:
         """See `hsr.structure.Structure`."""
-        pieces = [report(q[None], keys[:limit], b[None]) for q, b, limit in zip(queries, thresholds, limits, strict=True)]
+        pieces = [
+            report(q[None], keys[:limit], b[None]) for q, b, limit in zip(queries, thresholds, limits, strict=True)
+        ]
         offsets = np.concatenate(([0], np.cumsum([piece[0][1] for piece in pieces]))).astype(np.int64)
         kept = pieces if collect else []
         return Hits(

@@ -35,7 +35,9 @@ def _pack(offsets, wide_indices, wide_scores, indices, scores):
         scores[offsets[i] : offsets[i + 1]] = wide_scores[i, :found]
 
 
-def pack(counts: np.ndarray, wide_indices: np.ndarray, wide_scores: np.ndarray) -> tuple[np.ndarray, ...]:
+def pack(
+    counts: np.ndarray, wide_indices: np.ndarray, wide_scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """counts (m,), scratch indices (m, w) int32 and scores (m, w) float64 -> offsets, indices, scores.
 
     Scratch of width 0 means that nothing was collected.
@@ -68,9 +70,8 @@ def concatenate(parts: Sequence[Hits], bases: Sequence[int], index_dtype: type[n
     for part, base, start in zip(parts, bases, starts, strict=True):
         if len(part.indices):
             _place(start, base, part.offsets, part.indices, part.scores, indices, scores)
-    return Hits(
-        offsets, indices, scores, sum(part.scanned for part in parts), sum(part.visited for part in parts)
-    )
+    scanned, visited = np.sum([(part.scanned, part.visited) for part in parts], axis=0)
+    return Hits(offsets, indices, scores, scanned, visited)
 
 
 def stacked(parts: Sequence[Hits]) -> Hits:

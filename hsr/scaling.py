@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 HEADROOM = 1000  # products and sums stay below 2**HEADROOM
+SMALLEST = 2.0**-1074  # the smallest positive float64
 
 
 def exponent(values: np.ndarray, axis: int | None = None) -> np.ndarray:
@@ -20,10 +21,19 @@ def exponent(values: np.ndarray, axis: int | None = None) -> np.ndarray:
 def unit(queries: np.ndarray, thresholds: np.ndarray, key_exponent: int) -> tuple[np.ndarray, np.ndarray]:
     """queries (m, d) float64, thresholds (m,) float64 -> both in the unit domain of keys times 2**-key_exponent."""
     shift = exponent(queries, axis=1)
-    return np.ldexp(queries, -shift[:, None]), np.ldexp(thresholds, -(shift + key_exponent))
+    with np.errstate(over="ignore"):  # a threshold beyond float64 is beyond every score
+        return np.ldexp(queries, -shift[:, None]), np.ldexp(thresholds, -(shift + key_exponent))
 
 
-def overflow_shift(queries: np.ndarray, key_exponent: int) -> np.ndarray:
-    """The power of two (m,) int64 by which a query must shrink so that ``<q, k>`` cannot overflow float64."""
-    width = int(queries.shape[1]).bit_length()
-    return np.maximum(exponent(queries, axis=1) + key_exponent + width - HEADROOM, 0)
+def without_overflow(
+    queries: np.ndarray, thresholds: np.ndarray, largest: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """queries (m, d), thresholds (m,), largest magnitude of any key entry -> both times 2**-shift, and shift (m,).
+
+    The shift is zero unless ``<q, k>`` could overflow float64.  A shrunk entry may lose bits to underflow, at most
+    2**-1074 each; the threshold is lowered by what that can take from a score.
+    """
+    width = queries.shape[1]
+    shift = np.maximum(exponent(queries, axis=1) + int(np.frexp(largest)[1]) + width.bit_length() - HEADROOM, 0)
+    lost = np.where(shift > 0, 2 * (width + 1) * SMALLEST * max(largest, 1.0), 0.0)
+    return np.ldexp(queries, -shift[:, None]), np.ldexp(thresholds, -shift) - lost, shift

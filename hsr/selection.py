@@ -30,10 +30,11 @@ def asked(method: str) -> Choice:
 def suggest(keys: np.ndarray) -> Choice:
     """keys (n, d) -> ``brute`` for few keys; else ``tree`` if a trial tree reads fewer bytes than ``sketch`` would.
 
-    The trial: a tree over at most SAMPLE keys, probed in the directions of PROBES keys from their mean, at thresholds that
-    report SHARE of them.  A tree reads 4 d bytes for a key it scans and 8 d for a box; a sketch reads d for every key.
+    The trial: a tree over at most SAMPLE keys, probed in the directions of PROBES keys from their mean, at thresholds
+    that report SHARE of them.  A tree reads 4 d bytes for a key it scans and 8 d for a box; a sketch reads d for every
+    key.
     """
-    n, d = keys.shape
+    n = len(keys)
     if n <= FEW:
         return Choice("brute", (f"{n} keys are at most {FEW}: scoring every one is cheapest",))
     sample = np.ascontiguousarray(keys[:: -(-n // SAMPLE)])

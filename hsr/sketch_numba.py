@@ -1,7 +1,7 @@
 """The method ``sketch``: an int8 code per key and axis, a deterministic bound, and exact refinement of what it keeps.
 
-Transform coding.  Keys are divided by a power of two (largest magnitude below 1), centred, rotated to their principal axes
-and rounded to 8 bits with one step per axis:
+Transform coding.  Keys are divided by a power of two (largest magnitude below 1), centred, rotated to their principal
+axes and rounded to 8 bits with one step per axis:
 
     k = mean + axes (steps * code) + residual,      e = ||residual||, measured in the key's own space.
 
@@ -10,9 +10,9 @@ A query is rotated alike, ``z = steps * (axes^T q)``, and rounded to ``sigma * a
     <q, k> = <q, mean> + sigma <a, code> + <z - sigma a, code> + <q, residual>
           <= <q, mean> + sigma <a, code> + ||z - sigma a|| ||code|| + ||q|| e                       (Cauchy-Schwarz)
 
-so a key can reach the threshold only if the integer ``<a, code>`` reaches a bound that depends on the largest ``||code||``
-and ``e`` of its block of 64 keys alone.  One integer comparison per key decides; the few that pass are scored exactly.
-Nothing rests on the axes being orthonormal or the steps being good: those only decide how many pass.
+so a key can reach the threshold only if the integer ``<a, code>`` reaches a bound that depends on the largest
+``||code||`` and ``e`` of its block of 64 keys alone.  One integer comparison per key decides; the few that pass are
+scored exactly. Nothing rests on the axes being orthonormal or the steps being good: those only decide how many pass.
 
 Layout: codes (blocks, d / 4, 64, 4) as uint8 (code + 128), which `hsr.int8_scan` reads contiguously; the last block is
 padded.  Bytes per key: d.
@@ -34,7 +34,9 @@ from hsr.scaling import exponent, unit
 
 OFFSET = 128  # codes are stored unsigned, as code + OFFSET
 LEVELS = 127  # codes and quantised queries lie in -127..127
-OUTLIER = 8.0  # an axis covers this many robust standard deviations; keys beyond are clipped and carry a larger residual
+OUTLIER = (
+    8.0  # an axis covers this many robust standard deviations; keys beyond are clipped and carry a larger residual
+)
 CHUNK_BYTES = 1 << 18  # codes that one task reads over and over, once per tile of queries: it stays in the L2 cache
 FAR = 1 << 30  # beyond any sum of products of codes
 
@@ -79,7 +81,8 @@ class Sketch:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Tiles of int8 queries (tiles, 4, groups, 4), and per query (tiles * 4,): sigma, bound, and two slack factors.
 
-        A key of a block can reach the threshold only if ``sum (code + 128) a >= (bound - f0 residual - f1 norm) / sigma``.
+        A key of a block can reach the threshold only if ``sum (code + 128) a >= (bound - f0 residual - f1 norm) /
+        sigma``.
         """
         m, d = queries.shape
         unit_queries, bound = unit(queries, thresholds, self.exponent)
@@ -135,7 +138,6 @@ def _scan(
                             found[i] += 1
             for i in range(width):
                 j = start + i
-                before = written
                 counted = 0
                 for c in range(found[i]):
                     key = kept[i, c]

@@ -41,7 +41,7 @@ def nbytes(structure: Structure) -> int:
 
 
 def save(path: Path, settings: dict[str, Any], store: np.ndarray, segments: tuple[tuple[Segment, ...], ...]) -> None:
-    """Write keys (g, n, d) and segments beside ``path`` and rename: a crash leaves the old file or the new, never half."""
+    """Write keys (g, n, d) and segments beside ``path``, then rename: a crash leaves the old file or the new one."""
     arrays = [store]
     heads = [[_described(segment, arrays) for segment in head] for head in segments]
     layout = [{"dtype": array.dtype.name, "shape": array.shape} for array in arrays]
@@ -50,7 +50,8 @@ def save(path: Path, settings: dict[str, Any], store: np.ndarray, segments: tupl
     try:
         with os.fdopen(handle, "wb") as file:
             digest = hashlib.blake2b(digest_size=DIGEST)
-            for piece in (PREFIX.pack(MAGIC, VERSION, len(header)), header, *map(np.ascontiguousarray, arrays)):
+            pieces: list[Any] = [PREFIX.pack(MAGIC, VERSION, len(header)), header]  # bytes, then buffers
+            for piece in pieces + [np.ascontiguousarray(array) for array in arrays]:
                 digest.update(piece)
                 file.write(piece)
             file.write(digest.digest())
@@ -63,7 +64,7 @@ def save(path: Path, settings: dict[str, Any], store: np.ndarray, segments: tupl
 
 
 def load(path: Path) -> tuple[dict[str, Any], np.ndarray, tuple[tuple[Segment, ...], ...]]:
-    """Settings, keys (g, n, d) and segments of a file written by `save`; StorageError says what is wrong with any other."""
+    """Settings, keys (g, n, d) and segments of a file written by `save`; StorageError if it is not whole or not one."""
     data = path.read_bytes()
     if data[: len(MAGIC)] != MAGIC:
         raise StorageError(f"{path} is not a saved index: it must begin with {MAGIC!r}; got {data[: len(MAGIC)]!r}")

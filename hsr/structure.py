@@ -38,4 +38,6 @@ class Structure(Protocol):
 class Build(Protocol):
     """Make a structure over keys (n, d), n >= 1, float32 or float64, C-contiguous, finite."""
 
-    def __call__(self, keys: np.ndarray) -> Structure: ...
+    def __call__(self, keys: np.ndarray) -> Structure:
+        """The structure over these keys."""
+        ...

@@ -1,4 +1,4 @@
-"""Exact top-k through half-space reporting: place the half-space from a sample, check that it holds r keys, cut to r."""
+"""Exact top-k through half-space reporting: place the half-space from a sample, check its count, cut to r."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from numba import njit, prange
 from hsr.exact import score
 from hsr.report import Report
 from hsr.rows import offsets_of
+from hsr.scaling import without_overflow
 
 SAMPLE = 1024  # keys scored per query to place the half-space
 DEVIATIONS = 4.0  # by how many standard deviations of the sample's count the half-space is widened
@@ -15,6 +16,7 @@ DEVIATIONS = 4.0  # by how many standard deviations of the sample's count the ha
 
 @njit(parallel=True, cache=True)
 def _place(keys, queries, limits, wanted, thresholds):
+    rows = len(queries) // len(keys)
     for i in prange(len(queries)):
         size = min(limits[i], SAMPLE)
         expected = wanted[i] * size / max(limits[i], 1)
@@ -24,19 +26,23 @@ def _place(keys, queries, limits, wanted, thresholds):
         else:
             scores = np.empty(size)
             for j in range(size):
-                scores[j] = score(queries[i], keys[j * limits[i] // size])
+                scores[j] = score(queries[i], keys[i // rows, j * limits[i] // size])
             thresholds[i] = np.partition(scores, size - rank)[size - rank]
 
 
-def thresholds(keys: np.ndarray, queries: np.ndarray, limits: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """keys (n, d), queries (m, d) float64, limits and wanted (m,) int64 -> thresholds (m,) float64.
+def sampled_thresholds(
+    keys: np.ndarray, queries: np.ndarray, limits: np.ndarray, wanted: np.ndarray, largest: float
+) -> np.ndarray:
+    """keys (g, n, d), queries (g, rows, d) float64, limits and wanted of g rows int64 -> thresholds (g rows,) float64.
 
-    Each half-space is likely to hold at least ``wanted`` of the first ``limits`` keys, and not many more.  The sample is
-    evenly spaced, hence deterministic.
+    Each half-space is likely to hold at least ``wanted`` of the first ``limits`` keys, and not many more.  The sample
+    is evenly spaced, hence deterministic.
     """
-    placed = np.empty(len(queries))
-    _place(keys, queries, limits, wanted, placed)
-    return placed
+    flat = queries.reshape(-1, queries.shape[2])
+    flat, placed, shift = without_overflow(flat, np.zeros(len(flat)), largest)
+    _place(keys, flat, limits.ravel(), wanted.ravel(), placed)
+    with np.errstate(over="ignore"):
+        return np.ldexp(placed, shift)
 
 
 @njit(parallel=True, cache=True)
