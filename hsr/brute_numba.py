@@ -9,7 +9,7 @@ from numba import njit, prange
 
 from hsr.exact import reaches, score, widest_band
 from hsr.report import Hits
-from hsr.rows import pack, scratch
+from hsr.rows import packed, scratch
 
 
 @njit(parallel=True, cache=True)
@@ -19,8 +19,8 @@ def _report(keys, queries, thresholds, widest, limits, wide_indices, wide_scores
         query, threshold = queries[i], thresholds[i]
         found = 0
         for j in range(limits[i]):
-            total = score(query, keys[j])
-            if reaches(query, keys[j], total, threshold, widest[i]):
+            total = score(query, keys, j)
+            if reaches(query, keys, j, total, threshold, widest[i]):
                 if collect:
                     wide_indices[i, found] = j
                     wide_scores[i, found] = total
@@ -43,7 +43,9 @@ class Brute:
         counts = np.empty(m, np.int64)
         widest = widest_band(queries, self.largest)
         _report(keys, queries, thresholds, widest, limits, wide_indices, wide_scores, counts)
-        return Hits(*pack(counts, wide_indices, wide_scores), limits.copy(), np.zeros(m, np.int64))
+        starts = np.arange(m) * wide_indices.shape[1]
+        hits = packed(counts[:, None], starts, wide_indices.ravel(), wide_scores.ravel())
+        return Hits(*hits, limits.copy(), np.zeros(m, np.int64))
 
 
 def build(keys: np.ndarray) -> Brute:

@@ -16,29 +16,32 @@ UNDERFLOW = 1e-323  # two roundings to a subnormal, per dimension
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
-def score(query, key):
-    """query (d,) float64, key (d,) float32 or float64 -> ``<q, k>``, float64."""
+def score(query, keys, j):
+    """query (d,) float64, keys (n, d) float32 or float64 -> ``<q, k_j>``, float64.
+
+    It takes the matrix, not the row: a view of the row would cost more than the product.
+    """
     total = 0.0
     for i in range(query.shape[0]):
-        total += query[i] * np.float64(key[i])
+        total += query[i] * np.float64(keys[j, i])
     return total
 
 
 @njit(cache=True)
-def band(query, key):
-    """The rounding band of ``score(query, key)``."""
+def band(query, keys, j):
+    """The rounding band of ``score(query, keys, j)``."""
     magnitude = 0.0
     for i in range(query.shape[0]):
-        magnitude += abs(query[i] * np.float64(key[i]))
+        magnitude += abs(query[i] * np.float64(keys[j, i]))
     return (query.shape[0] + 1) * (BAND * magnitude + UNDERFLOW)
 
 
 @njit(cache=True)
-def reaches(query, key, total, threshold, widest):
-    """Whether ``total = score(query, key)`` lies above the threshold or in its band; ``widest`` bounds every band."""
+def reaches(query, keys, j, total, threshold, widest):
+    """Whether ``total = score(query, keys, j)`` lies above the threshold or in its band; ``widest`` bounds every band."""
     if total >= threshold:
         return True
-    return total + widest >= threshold and total + band(query, key) >= threshold
+    return total + widest >= threshold and total + band(query, keys, j) >= threshold
 
 
 def widest_band(queries: np.ndarray, largest: float) -> np.ndarray:

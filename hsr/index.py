@@ -235,7 +235,7 @@ class HSRIndex:
         rows, bounds = flat.reshape(rows.shape), shrunk.reshape(limits.shape)
         parts = [part for head in range(self.heads) for part in self._head(head, rows, bounds, limits, collect)]
         hits = stacked(parts)
-        if collect and shift.any():
+        if collect and shift is not None:
             with np.errstate(over="ignore"):
                 hits = hits._replace(scores=np.ldexp(hits.scores, np.repeat(shift, np.diff(hits.offsets))))
         return Report(hits.offsets, hits.indices, hits.scores, shape, self.n, hits.scanned, hits.visited, self.method)

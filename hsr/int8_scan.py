@@ -131,5 +131,14 @@ def vnni_block(codes, block, queries, tile, least, masks):
     )
 
 
+@njit(cache=True)
+def popcount(mask):
+    """How many bits of a uint64 are set."""
+    pairs = mask - ((mask >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    fours = (pairs & np.uint64(0x3333333333333333)) + ((pairs >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    bytes_ = (fours + (fours >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((bytes_ * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
 HAS_VNNI = bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni")) and not numba.config.DISABLE_JIT
 scan_block = vnni_block if HAS_VNNI else plain_block

@@ -28,25 +28,30 @@ def scratch(rows, width):
 
 
 @njit(parallel=True, cache=True)
-def _pack(offsets, wide_indices, wide_scores, indices, scores):
-    for i in prange(wide_indices.shape[0]):
-        found = offsets[i + 1] - offsets[i]
-        indices[offsets[i] : offsets[i + 1]] = wide_indices[i, :found]
-        scores[offsets[i] : offsets[i + 1]] = wide_scores[i, :found]
+def _pack(found, starts, offsets, wide_indices, wide_scores, indices, scores):
+    m, parts = found.shape
+    for i in prange(m):
+        target = offsets[i]
+        for part in range(parts):
+            source, size = starts[i * parts + part], found[i, part]
+            indices[target : target + size] = wide_indices[source : source + size]
+            scores[target : target + size] = wide_scores[source : source + size]
+            target += size
 
 
-def pack(
-    counts: np.ndarray, wide_indices: np.ndarray, wide_scores: np.ndarray
+def packed(
+    found: np.ndarray, starts: np.ndarray, wide_indices: np.ndarray, wide_scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """counts (m,), scratch indices (m, w) int32 and scores (m, w) float64 -> offsets, indices, scores.
+    """Scratch with gaps -> offsets (m + 1,), indices, scores.
 
-    Scratch of width 0 means that nothing was collected.
+    Query i left found[i, p] hits of its part p (found is (m, parts)) in the flat scratch from starts[i * parts + p] on.
+    Scratch of length 0 means that hits were only counted.
     """
-    offsets = offsets_of(counts)
-    size = int(offsets[-1]) if wide_indices.shape[1] else 0
+    offsets = offsets_of(found.sum(axis=1))
+    size = int(offsets[-1]) if len(wide_indices) else 0
     indices, scores = np.empty(size, np.int32), np.empty(size, np.float64)
     if size:
-        _pack(offsets, wide_indices, wide_scores, indices, scores)
+        _pack(found, starts, offsets, wide_indices, wide_scores, indices, scores)
     return offsets, indices, scores
 
 

@@ -7,6 +7,8 @@ overflow float64.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 HEADROOM = 1000  # products and sums stay below 2**HEADROOM
@@ -27,13 +29,15 @@ def unit(queries: np.ndarray, thresholds: np.ndarray, key_exponent: int) -> tupl
 
 def without_overflow(
     queries: np.ndarray, thresholds: np.ndarray, largest: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """queries (m, d), thresholds (m,), largest magnitude of any key entry -> both times 2**-shift, and shift (m,).
 
-    The shift is zero unless ``<q, k>`` could overflow float64.  A shrunk entry may lose bits to underflow, at most
-    2**-1074 each; the threshold is lowered by what that can take from a score.
+    The shift is None where no ``<q, k>`` can overflow float64, nearly always.  A shrunk entry may lose bits to underflow,
+    at most 2**-1074 each; the threshold is lowered by what that can take from a score.
     """
     width = queries.shape[1]
-    shift = np.maximum(exponent(queries, axis=1) + int(np.frexp(largest)[1]) + width.bit_length() - HEADROOM, 0)
+    if float(np.abs(queries).max(initial=0.0)) * largest * width < 2.0**HEADROOM:
+        return queries, thresholds, None
+    shift = np.maximum(exponent(queries, axis=1) + math.frexp(largest)[1] + width.bit_length() - HEADROOM, 0)
     lost = np.where(shift > 0, 2 * (width + 1) * SMALLEST * max(largest, 1.0), 0.0)
     return np.ldexp(queries, -shift[:, None]), np.ldexp(thresholds, -shift) - lost, shift

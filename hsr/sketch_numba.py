@@ -27,9 +27,10 @@ from numba import njit, prange
 from numba.cpython.unsafe.numbers import trailing_zeros
 
 from hsr.exact import reaches, score, widest_band
-from hsr.int8_scan import AXES, KEYS, QUERIES, scan_block
+from hsr.int8_scan import AXES, KEYS, QUERIES, popcount, scan_block
+from hsr.prefetch import prefetch_row
 from hsr.report import Hits
-from hsr.rows import offsets_of, scratch
+from hsr.rows import offsets_of, packed
 from hsr.scaling import exponent, unit
 
 OFFSET = 128  # codes are stored unsigned, as code + OFFSET
@@ -38,6 +39,7 @@ OUTLIER = (
     8.0  # an axis covers this many robust standard deviations; keys beyond are clipped and carry a larger residual
 )
 CHUNK_BYTES = 1 << 18  # codes that one task reads over and over, once per tile of queries: it stays in the L2 cache
+AHEAD = 8  # rows of keys asked for before they are scored
 FAR = 1 << 30  # beyond any sum of products of codes
 
 
@@ -59,114 +61,109 @@ class Sketch:
     ) -> Hits:
         """See `hsr.structure.Structure`."""
         m = len(queries)
-        codes, sigma, base, loose = self._quantised(queries, thresholds)
         blocks = max(1, CHUNK_BYTES // self.codes[0].size)
         chunks = -(-len(self.codes) // blocks)
-        wide_indices, wide_scores = scratch(chunks, m * min(blocks * KEYS, len(keys)) if collect else 0)
-        counts, scanned = np.zeros((m, chunks), np.int64), np.zeros((m, chunks), np.int64)
-        _scan(
-            keys, queries, thresholds, widest_band(queries, self.largest), limits,
-            self.codes, self.residual, self.norm, codes, sigma, base, loose,
-            blocks, collect, wide_indices, wide_scores, counts, scanned,
-        )  # fmt: skip
-        offsets = offsets_of(counts.sum(axis=1))
-        size = int(offsets[-1]) if collect else 0
-        indices, scores = np.empty(size, np.int32), np.empty(size, np.float64)
-        if collect:
-            _gather(counts, offsets, wide_indices, wide_scores, indices, scores)
-        return Hits(offsets, indices, scores, scanned.sum(axis=1), limits.copy())
-
-    def _quantised(
-        self, queries: np.ndarray, thresholds: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Tiles of int8 queries (tiles, 4, groups, 4), and per query (tiles * 4,): sigma, bound, and two slack factors.
-
-        A key of a block can reach the threshold only if ``sum (code + 128) a >= (bound - f0 residual - f1 norm) /
-        sigma``.
-        """
-        m, d = queries.shape
-        unit_queries, bound = unit(queries, thresholds, self.exponent)
-        z = (unit_queries @ self.axes) * self.steps
-        sigma = np.abs(z).max(axis=1, initial=0.0) / LEVELS
-        sigma[sigma < 1e-290] = 1.0  # the query is (nearly) orthogonal to every axis: all its codes are 0
-        a = np.rint(z / sigma[:, None])
-        norms = np.sqrt((unit_queries**2).sum(axis=1))
-        loose = np.stack([norms, np.sqrt(((z - sigma[:, None] * a) ** 2).sum(axis=1))], axis=1) * (1 + 1e-9)
-        # float64 rounding of <q, mean>, of z against codes and of sigma times the sum: each below 4 d**2 u ||q||
-        slack = 16 * (d + 8) ** 2 * 2.0**-53 * (1 + norms)
-        bound = bound - unit_queries @ self.mean - slack + sigma * OFFSET * a.sum(axis=1)
-        tiles = -(-m // QUERIES)
-        groups = self.codes.shape[1]
-        padded = np.zeros((tiles * QUERIES, groups * AXES), np.int8)
-        padded[:m, :d] = a
-        return padded.reshape(tiles, QUERIES, groups, AXES), sigma, bound, loose
+        tiles = np.zeros((-(-m // QUERIES), QUERIES, *self.codes.shape[1::2]), np.int8)
+        sigma, bound, loose = np.empty(m), np.empty(m), np.empty((m, 2))
+        unit_queries, unit_thresholds = unit(queries, thresholds, self.exponent)
+        _quantise(unit_queries, unit_thresholds, self.mean, self.axes, self.steps, tiles, sigma, bound, loose)
+        masks = np.empty((len(self.codes), len(tiles), QUERIES), np.uint64)
+        passed, found = np.zeros((m, chunks), np.int64), np.zeros((m, chunks), np.int64)
+        _scan(self.codes, self.residual, self.norm, tiles, sigma, bound, loose, limits, blocks, masks, passed)
+        starts = offsets_of(passed.ravel())
+        size = int(starts[-1]) if collect else 0
+        wide_indices, wide_scores = np.empty(size, np.int32), np.empty(size)
+        widest = widest_band(queries, self.largest)
+        _refine(keys, queries, thresholds, widest, masks, blocks, starts, wide_indices, wide_scores, found)
+        return Hits(*packed(found, starts, wide_indices, wide_scores), passed.sum(axis=1), limits.copy())
 
 
 @njit(parallel=True, cache=True)
-def _scan(
-    keys, queries, thresholds, widest, limits, codes, residual, norm, tiles, sigma, bound, loose,
-    blocks, collect, wide_indices, wide_scores, counts, scanned,
-):  # fmt: skip
-    """One task per chunk of ``blocks`` blocks; hits of a chunk lie query after query in its row of the scratch."""
-    m = queries.shape[0]
-    for chunk in prange(counts.shape[1]):
-        first, last = chunk * blocks, min((chunk + 1) * blocks, codes.shape[0])
-        kept = np.empty((QUERIES, blocks * KEYS), np.int32)
-        least, masks, found = np.empty(QUERIES, np.int32), np.empty(QUERIES, np.uint64), np.empty(QUERIES, np.int64)
-        written = 0
-        for tile in range(tiles.shape[0]):
+def _quantise(queries, bounds, mean, axes, steps, tiles, sigma, bound, loose):
+    """Round unit queries (m, d), bounds (m,) to tiles (tiles, 4, groups, 4) int8, and fill sigma, bound and loose (m, 2).
+
+    A key can reach its threshold only if ``sum_i (code_i + 128) a_i >= (bound - loose_0 residual - loose_1 norm) / sigma``.
+    """
+    d = len(mean)
+    for j in prange(len(queries)):
+        z = np.zeros(d)
+        square, base = 0.0, 0.0
+        for i in range(d):
+            q = queries[j, i]
+            square += q * q
+            base += q * mean[i]
+            for c in range(d):
+                z[c] += q * axes[i, c]
+        z *= steps
+        scale = np.abs(z).max() / LEVELS
+        if scale < 1e-290:  # the query is (nearly) orthogonal to every axis: all its codes are 0
+            scale = 1.0
+        total, left = 0.0, 0.0
+        row = tiles[j // QUERIES, j % QUERIES]
+        for i in range(d):
+            a = np.rint(z[i] / scale)
+            row[i // AXES, i % AXES] = np.int8(a)
+            total += a
+            left += (z[i] - scale * a) ** 2
+        norm = np.sqrt(square)
+        # float64 rounding of <q, mean>, of z against codes and of sigma times the sum: each below 4 d**2 u ||q||
+        slack = 16.0 * (d + 8) ** 2 * 2.0**-53 * (1.0 + norm)
+        sigma[j], bound[j] = scale, bounds[j] - base - slack + scale * OFFSET * total
+        loose[j, 0], loose[j, 1] = norm * (1 + 1e-9), np.sqrt(left) * (1 + 1e-9)
+
+
+@njit(parallel=True, cache=True)
+def _scan(codes, residual, norm, tiles, sigma, bound, loose, limits, blocks, masks, passed):
+    """Mark the keys that pass in masks (blocks, tiles, 4) and count them in passed (m, chunks); a chunk is a task."""
+    m = len(sigma)
+    for chunk in prange(passed.shape[1]):
+        first, last = chunk * blocks, min((chunk + 1) * blocks, len(codes))
+        least = np.empty(QUERIES, np.int32)
+        for tile in range(len(tiles)):
             start = tile * QUERIES
             width = min(QUERIES, m - start)
-            reach = 0
-            for i in range(width):
-                reach = max(reach, limits[start + i])
             least[:] = FAR
-            found[:] = 0
-            for block in range(first, min(last, (reach + KEYS - 1) // KEYS)):
+            for block in range(first, last):
                 for i in range(width):
                     j = start + i
                     needed = (bound[j] - loose[j, 0] * residual[block] - loose[j, 1] * norm[block]) / sigma[j]
                     least[i] = np.int32(min(max(np.floor(needed), -FAR), FAR))
-                scan_block(codes, block, tiles, tile, least, masks)
+                scan_block(codes, block, tiles, tile, least, masks[block, tile])
                 for i in range(width):
-                    mask = masks[i]
-                    while mask != 0:
-                        key = block * KEYS + np.int64(trailing_zeros(mask))
-                        mask &= mask - np.uint64(1)
-                        if key < limits[start + i]:
-                            kept[i, found[i]] = key
-                            found[i] += 1
-            for i in range(width):
-                j = start + i
-                counted = 0
-                for c in range(found[i]):
-                    key = kept[i, c]
-                    total = score(queries[j], keys[key])
-                    if reaches(queries[j], keys[key], total, thresholds[j], widest[j]):
-                        counted += 1
-                        if collect:
-                            wide_indices[chunk, written] = key
-                            wide_scores[chunk, written] = total
-                            written += 1
-                counts[j, chunk] = counted
-                scanned[j, chunk] = found[i]
+                    visible = limits[start + i] - block * KEYS
+                    if visible < KEYS:
+                        masks[block, tile, i] &= (np.uint64(1) << np.uint64(max(visible, 0))) - np.uint64(1)
+                    passed[start + i, chunk] += popcount(masks[block, tile, i])
 
 
 @njit(parallel=True, cache=True)
-def _gather(counts, offsets, wide_indices, wide_scores, indices, scores):
-    """From one row per chunk, query after query, to one CSR: counts (m, chunks), offsets (m + 1,)."""
-    m, chunks = counts.shape
+def _refine(keys, queries, thresholds, widest, masks, blocks, starts, wide_indices, wide_scores, found):
+    """Score what passed; what reaches its threshold goes to the scratch from starts[i * chunks + chunk] on."""
+    m, chunks = found.shape
+    collect = len(wide_indices) > 0
     for chunk in prange(chunks):
-        source = 0
+        first, last = chunk * blocks, min((chunk + 1) * blocks, len(masks))
+        kept = np.empty(blocks * KEYS, np.int32)
         for i in range(m):
-            target = offsets[i]
-            for before in range(chunk):
-                target += counts[i, before]
-            for _ in range(counts[i, chunk]):
-                indices[target] = wide_indices[chunk, source]
-                scores[target] = wide_scores[chunk, source]
-                target += 1
-                source += 1
+            query, size = queries[i], 0
+            for block in range(first, last):
+                mask = masks[block, i // QUERIES, i % QUERIES]
+                while mask != 0:
+                    kept[size] = block * KEYS + np.int64(trailing_zeros(mask))
+                    mask &= mask - np.uint64(1)
+                    size += 1
+            for c in range(min(size, AHEAD)):
+                prefetch_row(keys, kept[c])
+            target = starts[i * chunks + chunk]
+            for c in range(size):
+                if c + AHEAD < size:
+                    prefetch_row(keys, kept[c + AHEAD])
+                total = score(query, keys, kept[c])
+                if reaches(query, keys, kept[c], total, thresholds[i], widest[i]):
+                    if collect:
+                        wide_indices[target], wide_scores[target] = kept[c], total
+                    target += 1
+            found[i, chunk] = target - starts[i * chunks + chunk]
 
 
 def build(keys: np.ndarray) -> Sketch:

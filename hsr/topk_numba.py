@@ -24,9 +24,10 @@ def _place(keys, queries, limits, wanted, thresholds):
         if rank >= size:
             thresholds[i] = -np.inf
         else:
+            query, head = queries[i], keys[i // rows]
             scores = np.empty(size)
             for j in range(size):
-                scores[j] = score(queries[i], keys[i // rows, j * limits[i] // size])
+                scores[j] = score(query, head, j * limits[i] // size)
             thresholds[i] = np.partition(scores, size - rank)[size - rank]
 
 
@@ -42,7 +43,7 @@ def sampled_thresholds(
     flat, placed, shift = without_overflow(flat, np.zeros(len(flat)), largest)
     _place(keys, flat, limits.ravel(), wanted.ravel(), placed)
     with np.errstate(over="ignore"):
-        return np.ldexp(placed, shift)
+        return placed if shift is None else np.ldexp(placed, shift)
 
 
 @njit(parallel=True, cache=True)

@@ -33,7 +33,7 @@ from numba import get_num_threads, njit, prange
 
 from hsr.exact import UNDERFLOW, reaches, score, widest_band
 from hsr.report import Hits
-from hsr.rows import pack, scratch
+from hsr.rows import packed, scratch
 from hsr.scaling import exponent, unit
 
 LEAF = 64  # keys per leaf
@@ -141,9 +141,9 @@ def _grouped(bounds: np.ndarray) -> np.ndarray:
 
 
 @njit(fastmath={"contract"}, cache=True)
-def _judge(groups, group, query, point, low, sure, cap, bounds, verdict):
+def _judge(groups, group, query, point, cuts, bounds, verdict):
     """Judge the FAN nodes of a group: query, point (d,) float32 -> verdict (FAN,) int8; bounds (3, FAN) is scratch."""
-    d = len(query)
+    d, (low, sure, cap) = len(query), cuts
     bounds[:] = 0.0  # upper, lower, squared distance from the point
     for i in range(d):
         q, p = query[i], point[i]
@@ -209,7 +209,7 @@ def _aim(unit_query, threshold, centre, query, point):
 
 
 @njit(cache=True)
-def _descend(groups, starts, count, query, point, low, sure, cap, found):
+def _descend(groups, starts, count, query, point, cuts, found):
     """List the leaves to scan, and (as ~leaf) those to report whole: found (count,) int32 -> how many, nodes judged."""
     bounds, verdict = np.empty((3, FAN), np.float32), np.empty(FAN, np.int8)
     levels = len(starts) - 1
@@ -221,7 +221,7 @@ def _descend(groups, starts, count, query, point, low, sure, cap, found):
         level, group = stack[top, 0], stack[top, 1]
         span = FAN**level  # leaves per node
         nodes = min(FAN, (count + span - 1) // span - group * FAN)
-        _judge(groups, starts[level] + group, query, point, low, sure, cap, bounds, verdict)
+        _judge(groups, starts[level] + group, query, point, cuts, bounds, verdict)
         visited += nodes
         for c in range(nodes):
             node = group * FAN + c
@@ -238,59 +238,63 @@ def _descend(groups, starts, count, query, point, low, sure, cap, found):
     return listed, visited
 
 
+@njit(fastmath={"contract"}, cache=True)
+def _sum(leaves, leaf, exact, sums):
+    """The float64 scores of a lossless leaf's keys: exact (d,) float64 -> sums (LEAF,) float64."""
+    for c in range(LEAF):
+        sums[c] = 0.0
+    for i in range(len(exact)):
+        q = exact[i]
+        for c in range(LEAF):
+            sums[c] += q * np.float64(leaves[leaf, i, c])
+
+
 @njit(cache=True)
 def _in_band(leaves, leaf, c, keys, row, exact, total, threshold, widest):
-    """The exact test of a key whose score misses the threshold by less than the widest band."""
-    key = np.empty(len(exact))
-    for i in range(len(exact)):
-        key[i] = keys[row, i] if len(keys) else np.float64(leaves[leaf, i, c])
+    """The exact test of a key whose score misses the threshold."""
+    if not total + widest >= threshold:
+        return False
+    key = keys[row] if len(keys) else leaves[leaf, :, c].astype(np.float64)
     return reaches(exact, key, total, threshold, widest)
 
 
 @njit(cache=True)
-def _settle(leaves, leaf, rows, keys, exact, totals, low, asked, indices, scores, found):
+def _settle(leaves, leaf, rows, keys, exact, totals, sums, low, asked, indices, scores, found):
     """Append a leaf's members to indices, scores (w,); asked is (threshold, widest band, limit) -> new number found."""
     threshold, widest, limit = asked
-    first = leaf * LEAF
-    for c in range(min(LEAF, len(rows) - first)):
-        row = rows[first + c]
-        if totals[c] >= low and row < limit:
-            total = 0.0
-            for i in range(len(exact)):
-                total += exact[i] * (keys[row, i] if len(keys) else np.float64(leaves[leaf, i, c]))
-            if total >= threshold or (
-                total + widest >= threshold and _in_band(leaves, leaf, c, keys, row, exact, total, threshold, widest)
-            ):
-                if len(indices):
-                    indices[found], scores[found] = row, total
-                found += 1
+    first, collect = leaf * LEAF, len(indices) > 0
+    size = min(LEAF, len(rows) - first)
+    if len(keys):
+        for c in range(size):
+            if totals[c] >= low:
+                sums[c] = score(exact, keys, rows[first + c])
+    else:
+        _sum(leaves, leaf, exact, sums)
+    for c in range(size):
+        row, total, near = rows[first + c], sums[c], totals[c] >= low
+        member = near & (total >= threshold)
+        if near & (total < threshold):
+            member = _in_band(leaves, leaf, c, keys, row, exact, total, threshold, widest)
+        if collect:
+            indices[found], scores[found] = row, total  # the next key overwrites all but a member
+        found += member & (row < limit)
     return found
 
 
-@njit(fastmath={"contract"}, cache=True)
+@njit(cache=True)
 def _take(leaves, leaf, rows, keys, exact, limit, sums, indices, scores, found):
     """Append all of a leaf's keys to indices, scores (w,), untested -> the new number found."""
-    n, collect = len(rows), len(indices) > 0
-    first = leaf * LEAF
-    size = min(LEAF, n - first)
-    if limit == n and not collect:
+    first, collect = leaf * LEAF, len(indices) > 0
+    size = min(LEAF, len(rows) - first)
+    if limit == len(rows) and not collect:
         return found + size
-    if collect and len(keys):
-        for c in range(size):
-            sums[c] = score(exact, keys[rows[first + c]])
-    elif collect:
-        for c in range(LEAF):
-            sums[c] = 0.0
-        for i in range(len(exact)):
-            q = exact[i]
-            for c in range(LEAF):
-                sums[c] += q * np.float64(leaves[leaf, i, c])
+    if collect and not len(keys):
+        _sum(leaves, leaf, exact, sums)
     for c in range(size):
         row = rows[first + c]
-        if row < limit:
-            if collect:
-                indices[found], scores[found] = row, sums[c]
-            found += 1
+        if collect:
+            indices[found], scores[found] = row, score(exact, keys, row) if len(keys) else sums[c]
+        found += row < limit
     return found
 
 
@@ -305,16 +309,13 @@ def _report(tree, keys, queries, thresholds, unit_queries, unit_thresholds, wide
     n, count = len(rows), len(leaves)
     listed, lists = np.empty(m, np.int64), np.empty((m, count), np.int32)
     aims, points = np.empty((m, d), np.float32), np.empty((m, d), np.float32)
-    lows, norms = np.empty(m), np.empty(m)
-    visited = np.empty(m, np.int64)
+    lows, norms, visited = np.empty(m), np.empty(m), np.empty(m, np.int64)
     for i in prange(m):
         norms[i], threshold, cap = _aim(unit_queries[i], unit_thresholds[i], centre, aims[i], points[i])
         margin = 2.0**-22 * abs(threshold) + (d + 1) * TINY
         lows[i] = threshold - margin
-        low, sure = np.float32(threshold - margin), np.float32(threshold + margin)
-        listed[i], visited[i] = _descend(
-            groups, starts, count, aims[i], points[i], low, sure, np.float32(cap), lists[i]
-        )
+        cuts = np.float32(lows[i]), np.float32(threshold + margin), np.float32(cap)
+        listed[i], visited[i] = _descend(groups, starts, count, aims[i], points[i], cuts, lists[i])
     longest = max(listed) if m > 0 else 0
     chunks, least = (CHUNKS, CHUNK) if m < threads and longest > 2 * CHUNK else (1, 0)
     counts, scanned = np.empty((m, chunks), np.int64), np.empty((m, chunks), np.int64)
@@ -334,7 +335,7 @@ def _report(tree, keys, queries, thresholds, unit_queries, unit_thresholds, wide
             else:
                 low = np.float32(lows[i] - _slack(d) * norms[i] * reach[leaf])
                 if _filter(leaves, leaf, query, low, totals) > 0:
-                    found = _settle(leaves, leaf, rows, keys, exact, totals, low, asked, indices, scores, found)
+                    found = _settle(leaves, leaf, rows, keys, exact, totals, sums, low, asked, indices, scores, found)
                 tested += min(LEAF, n - leaf * LEAF)
         counts[i, chunk], scanned[i, chunk] = found, tested
     return counts, wide_indices, wide_scores, scanned.sum(axis=1), visited
@@ -369,8 +370,8 @@ class Tree:
             get_num_threads(),
             collect,
         )
-        offsets, indices, scores = pack(counts.ravel(), wide_indices, wide_scores)
-        return Hits(offsets[:: counts.shape[1]].copy(), indices, scores, scanned, visited)
+        starts = np.arange(counts.size) * wide_indices.shape[1]
+        return Hits(*packed(counts, starts, wide_indices.ravel(), wide_scores.ravel()), scanned, visited)
 
 
 def build(keys: np.ndarray) -> Tree:
