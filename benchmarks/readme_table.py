@@ -1,0 +1,87 @@
+"""Write the README's generated blocks: the methods from the dispatch table, the speeds from the committed measurements.
+
+``python -m benchmarks.readme_table`` replaces what stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from hsr.backend import ROWS, methods
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+INDEX = ROOT / "benchmarks" / "results" / "index.json"
+SETTING = ("n", "d", "reported")
+
+
+def main() -> None:
+    """Refresh the README."""
+    README.write_text(inserted(README.read_text(), blocks()))
+
+
+def blocks() -> dict[str, str]:
+    """Name of a block -> what belongs in it."""
+    measured = performance(json.loads(INDEX.read_text())) if INDEX.exists() else "Not measured yet: `make bench`."
+    return {"methods": methods_table(), "performance": measured}
+
+
+def inserted(text: str, contents: Mapping[str, str]) -> str:
+    """The text with each block between its two markers.
+
+    Raises:
+        ValueError: a marker is missing, repeated, or after its partner.
+    """
+    for name, content in contents.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"the README must have {begin} and then {end}, once each")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def methods_table() -> str:
+    """Every row of the dispatch table."""
+    cells = ((row.op, f"`{row.method}`", row.device, row.serves) for row in ROWS)
+    return _markdown(("operation", "method", "device", "serves"), cells)
+
+
+def performance(measured: Mapping[str, Any]) -> str:
+    """Best dense baseline and best method of each setting; one line per size and threshold, all batches in it."""
+    head: list[str] = list(SETTING)
+    lines: list[list[str]] = []
+    for setting, found in groupby(measured["rows"], key=lambda row: [row[name] for name in SETTING]):
+        batches = [(m, list(rows)) for m, rows in groupby(found, key=lambda row: row["m"])]
+        if not lines:
+            head += [title for m, _ in batches for title in (f"dense, m = {m}", f"HSR, m = {m}", "speed-up")]
+        lines.append([*(f"{value:,}" for value in setting), *(cell for _, rows in batches for cell in _race(rows))])
+    return (
+        _markdown(head, lines)
+        + f"\n\nMilliseconds per query, `m` queries a call; the faster of numpy and faiss, and our fastest method.  "
+        f"{measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}, `{measured['command']}`."
+    )
+
+
+def _race(rows: list[Mapping[str, Any]]) -> list[str]:
+    ours = methods("build")
+    dense = min((row for row in rows if row["method"] not in ours), key=lambda row: row["ms"])
+    best = min((row for row in rows if row["method"] in ours), key=lambda row: row["ms"])
+    return [
+        f"{dense['ms']:.3g} ({dense['method']})",
+        f"{best['ms']:.3g} ({best['method']})",
+        f"{best['speedup_vs_best_baseline']:.1f}x",
+    ]
+
+
+def _markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Run one benchmark case, print its table and write its measurements.
+
+python -m benchmarks.run index --quick
+python -m benchmarks.run index --json benchmarks/results/index.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks.gate import WrongAnswer
+
+CASES = {  # name -> module with rows(quick, note), an iterable of dicts with equal keys, and DEVICE where not the CPU
+    "index": "benchmarks.index_case",
+}
+PACKAGES = ("hsr-attention", "numpy", "scipy", "numba", "faiss-cpu", "torch", "triton", "transformers")
+ROOT = Path(__file__).resolve().parents[1]
+OVERRIDES = {
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_L2_SIZE",
+}  # unset, so that numpy's BLAS runs its best kernels for this processor
+MEASURED = "benchmarks/results"  # measurements of other cases do not make the code dirty
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the case named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("case", choices=CASES, metavar="CASE", help=f"one of: {', '.join(CASES)}")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that the case works, measures nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
+    options = parser.parse_args(arguments)
+    case = importlib.import_module(CASES[options.case])
+    head = {
+        "case": options.case,
+        "device": getattr(case, "DEVICE", "cpu"),
+        "cpu": cpu(),
+        "threads": use_all_threads(),
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    for name, value in head.items():
+        print(f"{name}: {value}")
+    notes: list[str] = []
+    try:
+        rows = list(case.rows(options.quick, notes.append))
+    except WrongAnswer as fault:
+        print(f"nothing was timed: {fault}", file=sys.stderr)
+        return 1
+    print(table(rows))
+    for note in notes:
+        print(note)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(head | {"notes": notes, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def cpu() -> str:
+    """The processor's name."""
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def use_all_threads() -> int:
+    """Give BLAS and OpenMP as many threads as numba takes, one per core; returns how many."""
+    import numba
+    import threadpoolctl
+
+    threads = numba.get_num_threads()
+    threadpoolctl.threadpool_limits(threads)
+    return threads
+
+
+def commit() -> str:
+    """The commit of this working tree, with -dirty where files differ from it; "unknown" outside a repository."""
+    hashed = _git("rev-parse", "HEAD")
+    if hashed is None:
+        return "unknown"
+    return hashed + ("-dirty" if _git("status", "--porcelain", "--", ".", f":!{MEASURED}") else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Python, the BLAS that numpy uses (its kernels matter as much as its version), and the packages installed."""
+    import threadpoolctl
+
+    found = {"python": platform.python_version()}
+    for library in threadpoolctl.threadpool_info():
+        if library["user_api"] == "blas" and "numpy" in library["filepath"]:
+            found["numpy's BLAS"] = f"{library['internal_api']} {library['version']} {library.get('architecture', '')}"
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """The rows as aligned text; a missing value is a dash."""
+    if not rows:
+        return "no rows"
+    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    overrides = OVERRIDES & os.environ.keys()
+    if overrides:
+        kept = {name: value for name, value in os.environ.items() if name not in overrides}
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]], kept)
+    sys.exit(main())

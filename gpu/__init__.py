@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers will live here; there are no kernels yet."""
