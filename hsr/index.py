@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,7 +225,7 @@ class HSRIndex:
             raise ArgumentError(f"queries must have width {self.d} to match keys; got shape {array.shape}")
         if self._heads_axis:
             checks.grouped("queries", array.shape[0], self.heads)
-        size = int(np.prod(array.shape[:-1])) // self.heads
+        size = math.prod(array.shape[:-1]) // self.heads
         return array.astype(np.float64).reshape(self.heads, size, self.d), array.shape[:-1]
 
     def _query(self, queries: Any, threshold: Any, prefix: Any, *, collect: bool) -> Report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from hsr.report import Hits
 
@@ -27,10 +27,10 @@ def scratch(rows, width):
     return np.empty((rows, width), np.int32), np.empty((rows, width), np.float64)
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)  # on one thread: waking the others takes longer than most copies
 def _pack(found, starts, offsets, wide_indices, wide_scores, indices, scores):
     m, parts = found.shape
-    for i in prange(m):
+    for i in range(m):
         target = offsets[i]
         for part in range(parts):
             source, size = starts[i * parts + part], found[i, part]
