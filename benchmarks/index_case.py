@@ -87,12 +87,13 @@ class Contest:
         repeats = QUICK_REPEATS if quick else REPEATS
         form, dense = self._best_form(pieces, threshold)
         contenders: dict[str, Form] = {"numpy": dense, "faiss": self._faiss.search}
+        work = repeats * len(self._queries)
         patience = max(
-            BUDGET, HOPELESS * max(_cost(baseline, pieces, threshold) for baseline in contenders.values()) * repeats
+            BUDGET, HOPELESS * work * max(self._cost(baseline, threshold) for baseline in contenders.values())
         )
         for method, index in self._indexes.items():
             ask = partial(_ask, index)
-            cost = _cost(ask, pieces, threshold) * repeats
+            cost = work * self._cost(ask, threshold)
             if cost <= patience:
                 contenders[method] = ask
             else:
@@ -132,6 +133,10 @@ class Contest:
         best = min(timings, key=lambda name: timings[name].median)
         return best, forms[best]
 
+    def _cost(self, contender: Form, threshold: np.float32) -> float:
+        """Seconds that one query takes, roughly."""
+        return seconds(_calls(contender, [self._queries[:1]], threshold))
+
     def _pass_gate(self, name: str, contender: Form, pieces: Sequence[np.ndarray], threshold: np.float32) -> None:
         band = rounding(self._queries, self._keys, np.float64 if name in self._indexes else np.float32)
         for piece, oracle in zip(pieces, np.split(self._oracle, len(pieces)), strict=True):
@@ -145,11 +150,6 @@ class Contest:
 
 def _calls(contender: Form, pieces: Sequence[np.ndarray], threshold: np.float32) -> Call:
     return lambda i: contender(pieces[i], threshold)
-
-
-def _cost(contender: Form, pieces: Sequence[np.ndarray], threshold: np.float32) -> float:
-    """Seconds that one round takes, from its first piece."""
-    return seconds(_calls(contender, pieces, threshold)) * len(pieces)
 
 
 def _ask(index: HSRIndex, queries: np.ndarray, threshold: np.float32) -> Answer:

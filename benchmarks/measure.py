@@ -10,6 +10,7 @@ import numpy as np
 
 Call = Callable[[int], object]  # the i-th piece of work; asking for it again repeats it
 
+PROBE = 0.2  # seconds that finding out the rough cost of a call may take
 ROUND = 0.05  # seconds that a timed round lasts at least
 PAUSE = 0.05  # seconds before a round: idle BLAS and OpenMP threads spin for a while and would slow the next contender
 
@@ -23,10 +24,10 @@ class Timing:
 
 
 def seconds(call: Call) -> float:
-    """Seconds of the fastest of three calls, after one that is not timed."""
+    """Seconds of the fastest of up to ten calls, after one that is not timed; fewer once they have taken PROBE."""
     call(0)
-    taken = []
-    for _ in range(3):
+    taken: list[float] = []
+    while len(taken) < 10 and sum(taken) < PROBE:
         start = time.perf_counter()
         call(0)
         taken.append(time.perf_counter() - start)

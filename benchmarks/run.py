@@ -54,8 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in head.items():
         print(f"{name}: {value}")
     notes: list[str] = []
+    rows: list[dict[str, object]] = []
     try:
-        rows = list(case.rows(options.quick, notes.append))
+        for row in case.rows(options.quick, notes.append):
+            rows.append(row)
+            print("  ".join(f"{name} {_cell(value)}" for name, value in row.items()), file=sys.stderr, flush=True)
     except WrongAnswer as fault:
         print(f"nothing was timed: {fault}", file=sys.stderr)
         return 1

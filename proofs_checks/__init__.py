@@ -1,1 +1,1 @@
-"""Executable checks of the statements the library rests on, one file per statement; `README.md` says how to read them."""
+"""Executable checks of the statements the library rests on, one file each; `README.md` says how to read them."""
