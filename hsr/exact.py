@@ -39,9 +39,10 @@ def band(query, keys, j):
 @njit(cache=True)
 def reaches(query, keys, j, total, threshold, widest):
     """Whether ``total = score(query, keys, j)`` lies above the threshold or in its band; ``widest`` bounds every band."""
-    if total >= threshold:
-        return True
-    return total + widest >= threshold and total + band(query, keys, j) >= threshold
+    inside = total >= threshold  # as a value: whether a filtered key passes is a coin toss that no branch predicts
+    if (total < threshold) & (total + widest >= threshold):
+        inside = total + band(query, keys, j) >= threshold
+    return inside
 
 
 def widest_band(queries: np.ndarray, largest: float) -> np.ndarray:

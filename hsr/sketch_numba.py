@@ -159,10 +159,9 @@ def _refine(keys, queries, thresholds, widest, masks, blocks, starts, wide_indic
                 if c + AHEAD < size:
                     prefetch_row(keys, kept[c + AHEAD])
                 total = score(query, keys, kept[c])
-                if reaches(query, keys, kept[c], total, thresholds[i], widest[i]):
-                    if collect:
-                        wide_indices[target], wide_scores[target] = kept[c], total
-                    target += 1
+                if collect:
+                    wide_indices[target], wide_scores[target] = kept[c], total  # the next overwrites all but a member
+                target += reaches(query, keys, kept[c], total, thresholds[i], widest[i])
             found[i, chunk] = target - starts[i * chunks + chunk]
 
 
