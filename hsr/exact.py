@@ -38,7 +38,7 @@ def band(query, keys, j):
 
 @njit(cache=True)
 def reaches(query, keys, j, total, threshold, widest):
-    """Whether ``total = score(query, keys, j)`` lies above the threshold or in its band; ``widest`` bounds every band."""
+    """Whether ``total = score(query, keys, j)`` reaches the threshold or its band; ``widest`` bounds every band."""
     inside = total >= threshold  # as a value: whether a filtered key passes is a coin toss that no branch predicts
     if (total < threshold) & (total + widest >= threshold):
         inside = total + band(query, keys, j) >= threshold

@@ -32,8 +32,8 @@ def without_overflow(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """queries (m, d), thresholds (m,), largest magnitude of any key entry -> both times 2**-shift, and shift (m,).
 
-    The shift is None where no ``<q, k>`` can overflow float64, nearly always.  A shrunk entry may lose bits to underflow,
-    at most 2**-1074 each; the threshold is lowered by what that can take from a score.
+    The shift is None where no ``<q, k>`` can overflow float64, nearly always.  A shrunk entry may lose bits to
+    underflow, at most 2**-1074 each; the threshold is lowered by what that can take from a score.
     """
     width = queries.shape[1]
     if float(np.abs(queries).max(initial=0.0)) * largest * width < 2.0**HEADROOM:

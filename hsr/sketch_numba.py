@@ -80,9 +80,10 @@ class Sketch:
 
 @njit(cache=True)  # on one thread: the scan that follows costs n / d times as much
 def _quantise(queries, bounds, mean, axes, steps, tiles, sigma, bound, loose):
-    """Round unit queries (m, d), bounds (m,) to tiles (tiles, 4, groups, 4) int8, and fill sigma, bound and loose (m, 2).
+    """Round unit queries (m, d), bounds (m,) to tiles (tiles, 4, groups, 4) int8; fill sigma, bound and loose (m, 2).
 
-    A key can reach its threshold only if ``sum_i (code_i + 128) a_i >= (bound - loose_0 residual - loose_1 norm) / sigma``.
+    A key can reach its threshold only if
+    ``sum_i (code_i + 128) a_i >= (bound - loose_0 residual - loose_1 norm) / sigma``.
     """
     d = len(mean)
     for j in range(len(queries)):
