@@ -7,10 +7,10 @@ One threshold serves all queries and all contenders, because faiss takes only on
 which the queries report ``reported`` keys on average.  With equal norms each query's own count is close to that.
 
 ``m = 1`` answers one query a call, going round all queries; ``m = 64`` answers them in one call.  ``ms`` (median round)
-and ``spread`` (between its quartiles) are per query.  ``scanned_fraction`` is the part of the keys read at
-full precision to decide about them, ``visited_fraction`` the bounds evaluated per key: a tree's nodes, a sketch's codes.
-A method that would need more than BUDGET for one setting, and is HOPELESS against both
-baselines, is left out there, with a note: at these sizes, the reference.
+and ``spread`` (between its quartiles) are per query.  ``scanned_fraction`` is the part of the keys read at full
+precision to decide about them, ``visited_fraction`` the bounds evaluated per key: a tree's nodes, a sketch's codes.  A
+method that would need more than BUDGET for one setting, and is HOPELESS against both baselines, is left out there, with
+a note: at these sizes, the reference.
 """
 
 from __future__ import annotations

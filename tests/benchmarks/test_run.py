@@ -25,6 +25,7 @@ ROW = {
     "spread",
     "speedup_vs_best_baseline",
     "scanned_fraction",
+    "visited_fraction",
     "build_s",
     "form",
 }
@@ -54,6 +55,7 @@ def test_quick_index_case_runs_end_to_end(tmp_path: Path, capsys: pytest.Capture
         assert row["ms"] > 0
         assert row["spread"] >= 0
         assert 0 <= row["scanned_fraction"] <= 1
+        assert row["visited_fraction"] >= 0
     printed = capsys.readouterr().out
     assert "speedup_vs_best_baseline" in printed
     assert measured["commit"] in printed
