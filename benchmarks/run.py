@@ -40,7 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that the case works, measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
     options = parser.parse_args(arguments)
-    case = importlib.import_module(CASES[options.case])
+    try:
+        case = importlib.import_module(CASES[options.case])
+    except ModuleNotFoundError as missing:
+        print(f"the case {options.case} needs the package {missing.name}: pip install '.[bench]'", file=sys.stderr)
+        return 1
     head = {
         "case": options.case,
         "device": getattr(case, "DEVICE", "cpu"),

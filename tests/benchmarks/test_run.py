@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,13 @@ def test_a_table_lines_up_and_shows_what_is_missing() -> None:
     lines = run.table([{"name": "a", "ms": 1.23456}, {"name": "long", "ms": None}]).splitlines()
     assert lines == ["name     ms", "   a  1.235", "long      -"]
     assert run.table([]) == "no rows"
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for module in ("benchmarks.index_case", "benchmarks.dense"):
+        monkeypatch.delitem(sys.modules, module)
+    assert run.main(["index", "--quick"]) == 1
+    assert "the case index needs the package faiss: pip install '.[bench]'" in capsys.readouterr().err
