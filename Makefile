@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check bench clean
+.PHONY: help demo test test-long check proofs bench clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ check: $(VENV)/.test ## lint, format and types alone
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+proofs: $(VENV)/.test ## check every statement; writes proofs_checks/RESULTS.md
+	$(BIN)/python -m proofs_checks
 
 bench: $(VENV)/.test ## time the index and refresh benchmarks/results/index.json and the README's tables
 	$(BIN)/python -m benchmarks.run index --json benchmarks/results/index.json

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit, prange
 
@@ -16,11 +18,12 @@ def _attend(offsets, indices, scores, values, error, scale, alpha, b, output, ls
     for row in prange(rows):
         head = row * values.shape[0] // rows
         first, last = offsets[row], offsets[row + 1]
-        top = 0.0
-        if alpha == 0:
-            top = -np.inf
-            for j in range(first, last):
-                top = max(top, scale * scores[j])
+        top = -np.inf if alpha == 0 else 0.0  # the largest score, or the largest s - b
+        for j in range(first, last):
+            top = max(top, scale * scores[j] - b)
+        power = 0  # taken out of s - b where its power alpha could overflow, or all could vanish
+        if alpha > 0 and abs(math.frexp(top)[1]) * alpha > 300:
+            power = math.frexp(top)[1]
         total, rise = 0.0, 0.0
         sums = np.zeros(width)
         for j in range(first, last):
@@ -30,8 +33,8 @@ def _attend(offsets, indices, scores, values, error, scale, alpha, b, output, ls
                 rise += w
             else:
                 above = max(s - b, 0.0)
-                w = above**alpha
-                rise += alpha * (above + error[row]) ** (alpha - 1)
+                w = math.ldexp(above, -power) ** alpha
+                rise += alpha * math.ldexp(above + error[row], -power) ** (alpha - 1)
             total += w
             value = values[head, indices[j]]
             for c in range(width):
@@ -39,8 +42,8 @@ def _attend(offsets, indices, scores, values, error, scale, alpha, b, output, ls
         if total > 0.0:
             for c in range(width):
                 output[row, c] = sums[c] / total
-            lse[row] = np.log(total) + top
-            slope[row] = rise / total
+            lse[row] = np.log(total) + (top if alpha == 0 else alpha * power * math.log(2.0))
+            slope[row] = math.ldexp(rise / total, -power)
 
 
 def attend(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from attention.weights import ReLUPower, Softmax
@@ -12,7 +14,14 @@ def weigh(scores: np.ndarray, weight: Softmax | ReLUPower) -> tuple[np.ndarray, 
     if isinstance(weight, Softmax):
         shift = scores.max(axis=-1, initial=-np.inf)
         return np.exp(scores - np.where(np.isfinite(shift), shift, 0.0)[..., None]), shift
-    return np.maximum(scores - weight.b, 0.0) ** weight.alpha, np.zeros(scores.shape[:-1])
+    above = np.maximum(scores - weight.b, 0.0)
+    power = relief(np.frexp(above.max(axis=-1, initial=0.0))[1], weight.alpha)
+    return np.ldexp(above, -power[..., None]) ** weight.alpha, weight.alpha * power * math.log(2)
+
+
+def relief(exponent: np.ndarray, alpha: int) -> np.ndarray:
+    """The power of two to divide out before raising to alpha: 0, but where powers could overflow or all vanish."""
+    return np.where(np.abs(exponent) * alpha > 300, exponent, 0)
 
 
 def dense(
@@ -72,6 +81,7 @@ def attend(
             lse[row] = np.log(total) + shift
             slope[row] = 1.0
             if isinstance(weight, ReLUPower):
-                above = np.maximum(s - weight.b, 0) + error[row]
-                slope[row] = (weight.alpha * above ** (weight.alpha - 1)).sum() / total
+                power = -round(shift / weight.alpha / math.log(2))
+                above = np.ldexp(np.maximum(s - weight.b, 0) + error[row], power)
+                slope[row] = np.ldexp((weight.alpha * above ** (weight.alpha - 1)).sum() / total, power)
     return output, lse, slope

@@ -118,6 +118,8 @@ def certify(
     empty = np.isneginf(lse)
     moved = np.expm1(2 * score_error) if isinstance(weight, Softmax) else 2 * score_error * slope
     moved = np.where(empty & (reported > 0), 1.0, np.minimum(moved, 1.0))  # share of weight that rounding can move
+    # where rounding can move all the weight, the exact row may be empty, and its output zero
+    reach = np.where(moved >= 1.0, np.maximum(reach, size), reach)
     with np.errstate(invalid="ignore"):  # -inf - -inf: an empty row that dropped nothing
         dropped = np.where(np.isneginf(log_dropped), 0.0, expit(log_dropped - lse + 2 * score_error + 1e-12))
     farthest = np.sqrt((centre**2).sum(axis=1))[:, None] + radius

@@ -9,6 +9,8 @@ import numpy as np
 from hsr import checks
 from hsr.errors import ArgumentError
 
+LARGEST = 1e150  # squares of entries, and sums of them, stay finite
+
 
 class Values:
     """Values (g, n, dv) that grow, inside a ball per head: ``||v_j - centre|| <= radius`` for every j.
@@ -18,7 +20,7 @@ class Values:
     """
 
     def __init__(self, values: Any) -> None:
-        array = checks.floats("v", values, (3,))
+        array = _moderate(values)
         if 0 in array.shape:
             raise ArgumentError(f"v must hold at least one value, head and dimension; got shape {array.shape}")
         self.dtype = checks.dtype_name("v", values)
@@ -34,7 +36,7 @@ class Values:
 
     def checked(self, values: Any) -> np.ndarray:
         """Values (g, t, dv) that may be appended; ArgumentError if they do not match."""
-        array = checks.floats("v", values, (3,))
+        array = _moderate(values)
         found = checks.dtype_name("v", values)
         if found != self.dtype:
             raise ArgumentError(f"v must have the cache's dtype {self.dtype}; got {found}")
@@ -59,3 +61,12 @@ class Values:
         """Largest distance (g,) of the given values from the centre, rounded up."""
         distance = np.sqrt(((array - self.centre[:, None]) ** 2).sum(axis=2)).max(axis=1, initial=0.0)
         return distance * (1 + 1e-12 * array.shape[2])
+
+
+def _moderate(values: Any) -> np.ndarray:
+    """Values as numpy, if the squares that a certificate sums are finite."""
+    array = checks.floats("v", values, (3,))
+    largest = float(np.abs(array).max(initial=0.0))
+    if largest > LARGEST:
+        raise ArgumentError(f"v must have entries of at most {LARGEST:.0e} in magnitude; got {largest:.3g}")
+    return array

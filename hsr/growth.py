@@ -1,8 +1,9 @@
 """Appending without rebuilding everything: the logarithmic method of Bentley and Saxe.
 
 Half-space reporting is decomposable: the answer over A and B together is the union of the answers.  New keys collect in
-a buffer that is scored exactly; a full buffer becomes a segment, swallowing every trailing segment that is not larger
-than what has gathered so far.  A key is therefore rebuilt O(log n) times, and a query sees every key at once.
+a buffer that is scored exactly; a full buffer becomes a segment, swallowing every trailing segment whose rank, the
+power of two below its size in buffers, is not above its own.  Ranks therefore fall strictly along the segments, of which
+there are O(log n), and a key rises in rank whenever it is rebuilt, O(log n) times.  A query sees every key at once.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ def grown(
         return segments
     kept = list(segments)
     start = covered
-    while kept and kept[-1].stop - kept[-1].start <= len(keys) - start:
+    while kept and _rank(kept[-1].stop - kept[-1].start, buffer) <= _rank(len(keys) - start, buffer):
         start = kept.pop().start
     return (*kept, Segment(start, len(keys), build(keys[start:])))
+
+
+def _rank(size: int, buffer: int) -> int:
+    return (size // buffer).bit_length()

@@ -148,6 +148,36 @@ def test_an_empty_relu_row_is_zero_and_says_so() -> None:
     assert np.isneginf(result.lse[1]).all()
 
 
+@pytest.mark.parametrize(("size", "alpha"), [(1e150, 3), (2e8, 60), (1e-150, 3), (1.0, 2)])
+@pytest.mark.parametrize("method", methods("attend"))
+def test_powers_neither_overflow_nor_vanish(method: str, size: float, alpha: int) -> None:
+    from hsr.backend import choose
+
+    scores, values = np.array([1.0, 2.0, -1.0]) * size, np.array([[[1.0], [4.0], [100.0]]])
+    arguments = (np.array([0, 3]), np.arange(3, dtype=np.int32), scores, values, np.zeros(1))
+    output, lse, slope = choose("attend", method)(*arguments, ReLUPower(alpha, 0.0), 1.0)
+    share = 2.0**alpha / (1 + 2.0**alpha)
+    assert output[0, 0] == pytest.approx(1 - share + 4 * share)
+    assert lse[0] == pytest.approx(alpha * np.log(size) + np.log(1 + 2.0**alpha))
+    assert 0 < slope[0] < np.inf
+
+
+def test_a_tie_that_rounding_decides_is_within_its_certificate() -> None:
+    """The exact score is at most b and the float score above it: exactly, the row is empty and its output zero."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        q, k, v = rng.standard_normal((1, 1, 5)), rng.standard_normal((1, 1, 5)), rng.standard_normal((1, 1, 3))
+        b = np.nextafter(float(q[0, 0] @ k[0, 0]), -np.inf)
+        result = decode(q, HSRIndex(k), v, weight=ReLUPower(1, b), scale=1.0)
+        if not result.empty.all():
+            assert result.certificate.output_error[0, 0] >= np.linalg.norm(result.output)
+
+
+def test_values_too_large_for_a_certificate_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"v must have entries of at most 1e\+150 in magnitude; got 1e\+200"):
+        Values(np.full((1, 2, 2), 1e200))
+
+
 def test_topr_keeps_the_r_largest_and_defaults_to_n_to_the_four_fifths() -> None:
     rng = np.random.default_rng(1)
     q, k, v = rng.standard_normal((4, 2, 16)), rng.standard_normal((2, 1024, 16)), rng.standard_normal((2, 1024, 3))
