@@ -81,7 +81,7 @@ def attend(
             lse[row] = np.log(total) + shift
             slope[row] = 1.0
             if isinstance(weight, ReLUPower):
-                power = -round(shift / weight.alpha / math.log(2))
+                power = -round(float(shift) / weight.alpha / math.log(2))
                 above = np.ldexp(np.maximum(s - weight.b, 0) + error[row], power)
                 slope[row] = np.ldexp((weight.alpha * above ** (weight.alpha - 1)).sum() / total, power)
     return output, lse, slope

@@ -2,8 +2,8 @@
 
 Half-space reporting is decomposable: the answer over A and B together is the union of the answers.  New keys collect in
 a buffer that is scored exactly; a full buffer becomes a segment, swallowing every trailing segment whose rank, the
-power of two below its size in buffers, is not above its own.  Ranks therefore fall strictly along the segments, of which
-there are O(log n), and a key rises in rank whenever it is rebuilt, O(log n) times.  A query sees every key at once.
+power of two below its size in buffers, is not above its own.  Ranks therefore fall strictly along the segments, so
+there are O(log n) of them, and a key rises in rank whenever it is rebuilt, O(log n) times.  A query sees every key.
 """
 
 from __future__ import annotations
