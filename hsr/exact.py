@@ -48,4 +48,5 @@ def reaches(query, keys, j, total, threshold, widest):
 def widest_band(queries: np.ndarray, largest: float) -> np.ndarray:
     """queries (m, d) float64, largest magnitude of any key entry -> (m,) float64, at least the band of every key."""
     width = queries.shape[1] + 1
-    return width * (1.01 * BAND * np.abs(queries).sum(axis=1) * largest + UNDERFLOW)
+    magnitude = np.abs(queries).sum(axis=1) * largest  # first: a tiny query times BAND would underflow
+    return width * (1.01 * BAND * magnitude + UNDERFLOW)

@@ -77,6 +77,15 @@ def test_underflow_in_a_shrunk_query_loses_no_key(method: str) -> None:
     assert 0 in report.indices
 
 
+@pytest.mark.parametrize("method", methods("build"))
+def test_a_subnormal_query_over_huge_keys_keeps_its_rounding_band(method: str) -> None:
+    rng = np.random.default_rng(0)
+    keys, queries = rng.standard_normal((1, 20)) * 1e305, rng.standard_normal((1, 20)) * 1e-320
+    scores = queries @ keys.T
+    assert HSRIndex(keys, method).count(queries, scores[:, 0])[0] == 1
+    assert HSRIndex(keys, method).count(queries, np.sum(queries[0] * keys[0])[None])[0] == 1
+
+
 def test_report_rows_and_scipy_form() -> None:
     rng = np.random.default_rng(0)
     keys, queries = rng.standard_normal((2, 50, 4)), rng.standard_normal((4, 3, 4))
