@@ -25,11 +25,11 @@ class Certificate:
     Every array has the queries' leading shape.
 
     Attributes:
-        kind: "exact" (nothing was dropped) or "deterministic" (holds for every input). dropped_mass: bound on the share
-        of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165). output_error: bound on ``||output -
-        exact||_2``.  The truncation part uses ``exact - output = tau (mu - output)``
-            with mu, the mean of the dropped values, inside the values' ball; the rest bounds the rounding, that of the
-            output's own dtype included.
+        kind: "exact" (nothing was dropped) or "deterministic" (holds for every input).
+        dropped_mass: bound on the share of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165).
+        output_error: bound on ``||output - exact||_2``.  The truncation part uses
+            ``exact - output = tau (mu - output)``, mu the mean of the dropped values, inside the values' ball; the
+            rest bounds the rounding, that of the output's own dtype included.
         relative_error: bound on ``||output - exact||_2 / ||exact||_2``; infinite where the bound exceeds the output.
     """
 
