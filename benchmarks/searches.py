@@ -17,7 +17,7 @@ from hsr.backend import methods
 from hsr.errors import BackendUnavailable
 
 ROUNDS = 3  # every query is asked so often, unless BUDGET is used up before
-BUDGET = 1.0  # seconds for the queries of one contender at one threshold
+BUDGET = 0.5  # seconds for the queries of one contender at one threshold
 BLOCK = 1 << 16  # keys cast to float64 at a time
 WARM = 300  # keys of the index on which a method compiles
 LEFT_OUT = "reference"  # the definition, with the brute's work at many times its cost
