@@ -72,7 +72,7 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
         handles, labels = axis.get_legend_handles_labels()
         found |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in found}
     columns = max(2, int(figure.get_figwidth() / 2.2))
-    words = {"loc": "outside upper center", "ncols": columns, "fontsize": 8, "frameon": False}
+    words: dict[str, Any] = {"loc": "outside upper center", "ncols": columns, "fontsize": 8, "frameon": False}
     figure.legend(list(found.values()), list(found), **words)
 
 
