@@ -24,6 +24,11 @@ COLOURS = {  # of the Okabe-Ito palette
 }
 OTHER = "#cc79a7"  # a method that the palette does not know
 STYLES = {"64": "-", "n^0.8": "--"}
+THEORIES: dict[str, tuple[str, Any]] = {  # column of a fit -> label and style; one more for a prompt of n rows
+    "theory": ("1 - 1/floor(d/2)", ":"),
+    "theory_output": ("output", "-."),
+    "theory_log": ("log n", (0, (1, 4))),
+}
 COLUMNS = 5
 SERIES = ("kind", "data", "d", "rule", "method", "weight")
 
@@ -77,7 +82,7 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def draw_work(rows: Sequence[Row], data: str) -> Figure:
-    """Work against n, one panel per width, with the slopes of theory through the first point of the tree."""
+    """Work against n, one panel per width, with the slopes of theory from where the lowest curve begins."""
     kept = [row for row in rows if row["data"] == data and row["method"] != "numpy"]
     widths = sorted(_values(kept, "d"))
     figure, axes = _panels(len(widths))
@@ -93,8 +98,8 @@ def draw_work(rows: Sequence[Row], data: str) -> Figure:
                 label=f"{first['method']}, k = {first['rule']}",
             )
         _theory(axis, [row for row in kept if row["d"] == d], d)
-        axis.set(xscale="log", yscale="log", title=f"d = {d}")
-        axis.grid(alpha=0.25, linewidth=0.6)
+        _sizes(axis)
+        axis.set_title(f"d = {d}")
     figure.supxlabel(f"keys n ({data})", fontsize=10)
     figure.supylabel("work per query: bounds visited + keys scanned", fontsize=10)
     _legend(figure, axes)
@@ -102,7 +107,7 @@ def draw_work(rows: Sequence[Row], data: str) -> Figure:
 
 
 def _theory(axis: Axes, rows: Sequence[Row], d: int) -> None:
-    """Lines n^(1 - 1/floor(d/2)) and n^(4/5) from where the lowest curve begins."""
+    """Lines n^(1 - 1/floor(d/2)) and n^(4/5)."""
     sizes = np.array(sorted(_values(rows, "n")), float)
     start = min(row["visited"] + row["scanned"] for row in rows if row["n"] == sizes[0])
     for power, style, label in (
@@ -127,16 +132,9 @@ def draw_exponents(fits: Sequence[Row]) -> Figure:
         kept = [row for row in fits if (row["data"], row["rule"], row["quantity"]) == (data, rule, quantity)]
         for i, method in enumerate(sorted(_values(kept, "method"))):
             _bars(axis, [row for row in kept if row["method"] == method], method, 1 + 0.02 * (i - 2))
-        reference = {row["d"]: row for row in kept}
-        widths = sorted(reference)
-        for name, style in (("theory", ":"), ("theory_output", "-."), ("theory_log", (0, (1, 4)))):
-            label = {"theory": "1 - 1/floor(d/2)", "theory_output": "output", "theory_log": "log n"}[name]
-            axis.plot(widths, [reference[d][name] for d in widths], ls=style, color="0.6", label=label)
+        _widths(axis, kept)
         axis.set_title(f"{data}, k = {rule}: {'time' if quantity == 'ms' else quantity}", fontsize=10)
-        axis.set_xscale("log", base=2)
         axis.set_ylim(-0.2, 1.3)
-        axis.set_xticks(widths, [str(d) for d in widths])
-        axis.grid(alpha=0.25, linewidth=0.6)
     figure.supxlabel("width d", fontsize=10)
     figure.supylabel("exponent of n, 95 % interval", fontsize=10)
     _legend(figure, axes)
@@ -158,6 +156,24 @@ def _bars(axis: Axes, fits: Sequence[Row], method: str, shift: float) -> None:
     )
 
 
+def _sizes(axis: Axes) -> None:
+    """Both axes logarithmic, n by powers of two."""
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.grid(alpha=0.25, linewidth=0.6)
+
+
+def _widths(axis: Axes, fits: Sequence[Row]) -> None:
+    """The axis of widths, and the exponents of theory."""
+    found = {row["d"]: row for row in fits}
+    widths = sorted(found)
+    for name, (label, style) in THEORIES.items():
+        axis.plot(widths, [found[d][name] for d in widths], ls=style, color="0.6", label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(widths, [str(d) for d in widths])
+    axis.grid(alpha=0.25, linewidth=0.6)
+
+
 def draw_ends(rows: Sequence[Row]) -> Figure:
     """Time against n for decoding and prompts, a panel per width and weight."""
     kinds, weights = ("decode", "prefill"), ("relu", "softmax")
@@ -173,9 +189,8 @@ def draw_ends(rows: Sequence[Row]) -> Figure:
                 colour = COLOURS.get(method, OTHER)
                 n, ms = ([row[name] for row in line] for name in ("n", "ms"))
                 axis.plot(n, ms, ".-", color=colour, label=method)
-            axis.set(xscale="log", yscale="log")
+            _sizes(axis)
             axis.set_title(f"{kind}, {weight}, d = {d}", fontsize=9)
-            axis.grid(alpha=0.25, linewidth=0.6)
     figure.supxlabel("keys n", fontsize=10)
     figure.supylabel("milliseconds per query (decode) or prompt (prefill)", fontsize=10)
     _legend(figure, list(grid.ravel()))
@@ -183,21 +198,17 @@ def draw_ends(rows: Sequence[Row]) -> Figure:
 
 
 def draw_end_exponents(fits: Sequence[Row]) -> Figure:
-    """Exponents of the ends against d, with 4/5 (decode) and 9/5 (prefill)."""
+    """Exponents of the ends against d, a row per kind and weight, work left and time right."""
     panels = [(kind, weight) for kind in ("decode", "prefill") for weight in ("relu", "softmax")]
     figure = Figure(figsize=(12, 3.2 * len(panels)), layout="constrained")
-    grid = figure.subplots(len(panels), 2, sharex=True, sharey="row", squeeze=False)
+    grid = figure.subplots(len(panels), 2, sharex=True, squeeze=False)
     for axes, (kind, weight) in zip(grid, panels, strict=True):
         for axis, quantity in zip(axes, ("work", "ms"), strict=True):
             kept = [row for row in fits if (row["of"], row["weight"], row["quantity"]) == (kind, weight, quantity)]
             for i, method in enumerate(sorted(_values(kept, "method"))):
                 _bars(axis, [row for row in kept if row["method"] == method], method, 1 + 0.02 * (i - 1))
-            widths = sorted(_values(kept, "d"))
-            axis.axhline(kept[0]["theory_output"], ls="-.", color="0.6", label="output")
+            _widths(axis, kept)
             axis.set_title(f"{kind}, {weight}: {'time' if quantity == 'ms' else quantity}", fontsize=10)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(widths, [str(d) for d in widths])
-            axis.grid(alpha=0.25, linewidth=0.6)
     figure.supxlabel("width d", fontsize=10)
     figure.supylabel("exponent of n, 95 % interval", fontsize=10)
     _legend(figure, list(grid.ravel()))
