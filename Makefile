@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check proofs bench clean
+.PHONY: help demo test test-long check proofs bench scaling tree-data pruning clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,18 @@ proofs: $(VENV)/.test ## check every statement; writes proofs_checks/RESULTS.md
 bench: $(VENV)/.test ## time the index and refresh benchmarks/results/index.json and the README's tables
 	$(BIN)/python -m benchmarks.run index --json benchmarks/results/index.json
 	$(BIN)/python -m benchmarks.readme_table
+
+scaling: $(VENV)/.demo ## how work and time grow with n; writes scaling.json and scaling-*.png to benchmarks/results/
+	$(BIN)/python -m benchmarks.run scaling --json benchmarks/results/scaling.json
+	$(BIN)/python -m benchmarks.plots benchmarks/results/scaling.json
+
+tree-data: $(VENV)/.demo ## work of a query by the keys' distribution, likewise
+	$(BIN)/python -m benchmarks.run tree-data --json benchmarks/results/tree-data.json
+	$(BIN)/python -m benchmarks.plots benchmarks/results/tree-data.json
+
+pruning: $(VENV)/.demo ## which bounds prune the keys of a real model, likewise
+	$(BIN)/python -m benchmarks.run pruning --json benchmarks/results/pruning.json
+	$(BIN)/python -m benchmarks.plots benchmarks/results/pruning.json
 
 clean: ## remove .venv, caches, build products and reports
 	rm -rf $(VENV) build dist demo_report .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

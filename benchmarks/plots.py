@@ -1,0 +1,45 @@
+"""Draw the figures of a case from its committed measurements alone.
+
+python -m benchmarks.plots benchmarks/results/scaling.json    # writes scaling-*.png beside it
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+FIGURES = {  # case -> module with figures(rows), a dict of matplotlib figures by name
+    "scaling": "benchmarks.scaling_figures",
+    "tree-data": "benchmarks.tree_data_figures",
+    "pruning": "benchmarks.pruning_figures",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the figures of the file named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"measurements of one of: {', '.join(FIGURES)}")
+    file = parser.parse_args(arguments).file
+    measured = json.loads(file.read_text())
+    if measured.get("case") not in FIGURES:
+        parser.error(f"FILE must hold measurements of one of {', '.join(FIGURES)}; got case {measured.get('case')!r}")
+    try:
+        module = importlib.import_module(FIGURES[measured["case"]])
+    except ModuleNotFoundError as missing:
+        print(f"plots need the package {missing.name}: pip install '.[plot]'", file=sys.stderr)
+        return 1
+    where = f"{measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}"
+    for name, figure in module.figures(measured["rows"]).items():
+        figure.text(0.005, 0.005, where, ha="left", va="bottom", fontsize=7, color="0.4")
+        path = file.with_name(f"{file.stem}-{name}.png")
+        figure.savefig(path, dpi=120)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
