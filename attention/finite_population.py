@@ -73,14 +73,12 @@ def upper_mean_of_strata(x: np.ndarray, population: int, delta: float) -> float:
         return float(means[:, 0].mean())
     bounds = [means[:, -1].mean()]
     for share, prior in zip(SHARES, PRIOR, strict=True):
-        capital = np.array(
-            [_log_capital(stratum, population, m[:-1], share)[:, -1] for stratum, m in zip(x, means, strict=True)]
-        )
+        best = np.zeros(len(PRICES))  # of sum_h max_m, at each price
+        for stratum, m in zip(x, means, strict=True):
+            capital = _log_capital(stratum, population, m[:-1], share)[:, -1]
+            best += (m[1:] - PRICES[:, None] * capital).max(axis=1)  # a mean may lie just below the next candidate
         level = SLACK * len(x) - np.log(prior * delta)
-        bounds += [
-            (price * level + (means[:, 1:] - price * capital).max(axis=1).sum()) / len(x)  # m up to the next candidate
-            for price in PRICES
-        ]
+        bounds.append(((PRICES * level + best) / len(x)).min())
     return float(min(bounds))
 
 
