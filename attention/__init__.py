@@ -7,6 +7,7 @@ from attention.decode import decode
 from attention.policies import Certified, Dense, Policy, TopR
 from attention.prefill import prefill
 from attention.result import Certificate, Counters, Result
+from attention.sampled import Sampled
 from attention.session import DecodeSession
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
@@ -20,6 +21,7 @@ __all__ = [
     "Policy",
     "ReLUPower",
     "Result",
+    "Sampled",
     "Softmax",
     "TopR",
     "Values",

@@ -9,6 +9,7 @@ import numpy as np
 from attention.engine import Plan, fold
 from attention.policies import Policy
 from attention.result import Result
+from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
@@ -20,7 +21,7 @@ def decode(
     values: Any,
     *,
     weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-    policy: Policy | None = None,
+    policy: Policy | Sampled | None = None,
     scale: float | None = None,
 ) -> Result:
     """Attention of new queries over every key of the index.

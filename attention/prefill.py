@@ -9,6 +9,7 @@ import numpy as np
 from attention.engine import Plan, fold
 from attention.policies import Policy
 from attention.result import Result, joined
+from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
@@ -24,7 +25,7 @@ def prefill(
     *,
     causal: bool = True,
     weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-    policy: Policy | None = None,
+    policy: Policy | Sampled | None = None,
     scale: float | None = None,
     method: str = "auto",
 ) -> Result:

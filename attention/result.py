@@ -25,18 +25,24 @@ class Certificate:
     Every array has the queries' leading shape.
 
     Attributes:
-        kind: "exact" (nothing was dropped) or "deterministic" (holds for every input).
-        dropped_mass: bound on the share of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165).
+        kind: "exact" (nothing was dropped), "deterministic" (holds for every input) or "statistical" (each bound holds
+            with about the stated confidence over the random draw, as estimated from it).
+        dropped_mass: bound on the share of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165); NaN
+            where what was dropped is made up for by the weights of a sample.
         output_error: bound on ``||output - exact||_2``.  The truncation part uses
             ``exact - output = tau (mu - output)``, mu the mean of the dropped values, inside the values' ball; the
             rest bounds the rounding, that of the output's own dtype included.
         relative_error: bound on ``||output - exact||_2 / ||exact||_2``; infinite where the bound exceeds the output.
+        lse_error: bound on the distance of the log-sum-exp from the exact one.
+        confidence: with which each bound holds; 1 but for statistical kinds.
     """
 
     kind: str
     dropped_mass: np.ndarray
     output_error: np.ndarray
     relative_error: np.ndarray
+    lse_error: np.ndarray
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -131,4 +137,7 @@ def certify(
     left = size - error
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(error == 0, 0.0, np.where(left > 0, error / left, np.inf))
-    return Certificate(kind, dropped, error, ratio)
+        lse_error = np.where(
+            empty & (reported == 0), 0.0, -np.log1p(-dropped) - np.log1p(-moved) + 4 * UNIT * (reported + np.abs(lse))
+        )
+    return Certificate(kind, dropped, error, ratio, np.where(empty & (reported == 0), 0.0, shift))

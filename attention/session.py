@@ -9,6 +9,7 @@ import numpy as np
 from attention.engine import Plan, fold
 from attention.policies import Policy
 from attention.result import Result
+from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
@@ -34,7 +35,7 @@ class DecodeSession:
         v: Any,
         *,
         weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-        policy: Policy | None = None,
+        policy: Policy | Sampled | None = None,
         scale: float | None = None,
         method: str = "auto",
     ) -> None:
