@@ -137,7 +137,5 @@ def certify(
     left = size - error
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(error == 0, 0.0, np.where(left > 0, error / left, np.inf))
-        lse_error = np.where(
-            empty & (reported == 0), 0.0, -np.log1p(-dropped) - np.log1p(-moved) + 4 * UNIT * (reported + np.abs(lse))
-        )
+        shift = -np.log1p(-dropped) - np.log1p(-moved) + 4 * UNIT * (reported + np.abs(lse))
     return Certificate(kind, dropped, error, ratio, np.where(empty & (reported == 0), 0.0, shift))

@@ -102,7 +102,7 @@ class Sampled:
     def _attend(
         self, visible: Visible, values: Values, queries: np.ndarray, limits: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counters]:
-        """queries (g, rows, G, d) float64, limits (g, rows) -> output (h, rows, dv), lse, moments (h, rows, 3), work."""
+        """queries (g, rows, G, d) float64, limits (g, rows) -> output (h, rows, dv), lse, moments (h, rows, 3)."""
         index, scale = visible.index, visible.scale
         g, rows, heads, d = queries.shape
         keys = index.keys.reshape(g, index.n, d)

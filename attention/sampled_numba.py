@@ -118,8 +118,8 @@ def _tools(heads, width, like):
 def attend_certain(keys, values, lift, centre, queries, scale, spans, limits, scalars, vectors, lifted):
     """The keys before and after each row's span, with pi = 1: part 0 of the row.
 
-    keys (g, n, d), values (g, n, dv), lift (g, n), centre (g, dv), queries (g, rows, G, d) float64; spans (g, rows, 2) and
-    limits (g, rows): keys 0 .. start - 1 and stop .. limit - 1.  Fills scalars (g, rows, parts, G, SUMS), vectors
+    keys (g, n, d), values (g, n, dv), lift (g, n), centre (g, dv), queries (g, rows, G, d) float64; spans (g, rows, 2)
+    and limits (g, rows): keys 0 .. start - 1 and stop .. limit - 1.  Fills scalars (g, rows, parts, G, SUMS), vectors
     (g, rows, parts, G, 2, dv) and lifted (g, rows, G), the log-sum-exp of ``score + lift``.
     """
     g, rows, heads, _ = queries.shape
