@@ -51,6 +51,7 @@ from hsr.tree_layout import LEAF, LEVELS, OFFSET, layout, relative_rounding
 CHUNKS = 16  # parts of one query, where queries are fewer than threads
 CHUNK = 512  # leaves at least in each: reading fewer takes less time than waking a thread
 BATCH = 512  # keys whose exact test waits for their rows to arrive
+AHEAD = 6  # leaves whose codes are asked for before they are read
 TINY = 2.0**-122  # more than roundings to zero contribute per coordinate, even where subnormals are flushed
 HALF = 0.51  # steps between a coordinate and its code, and what finding the code rounds
 
@@ -194,22 +195,25 @@ def _settle(rows, keys, exact, asked, kept, size, totals, indices, scores, found
     return found
 
 
-@njit(cache=True)
-def _take(rows, keys, exact, limit, leaf, kept, totals, indices, scores, found):
+@njit(fastmath={"contract"}, cache=True)
+def _take(rows, keys, exact, limit, leaf, indices, scores, found):
     """Append all of a leaf's keys to indices, scores (w,), untested -> the new number found."""
-    first, collect = leaf * LEAF, len(indices) > 0
-    size = min(LEAF, len(rows) - first)
-    if limit == len(rows) and not collect:
-        return found + size
-    if collect:
-        for c in range(size):
-            kept[c] = first + c
-        _score(exact, keys, kept, size, totals)
+    first, n = leaf * LEAF, len(rows)
+    size = min(LEAF, n - first)
+    if len(indices) == 0:
+        return found + (size if limit == n else (rows[first : first + size] < limit).sum())
+    q = exact[0]
     for c in range(size):
-        row = rows[np.uint64(first + c)]
-        if collect:
-            indices[found], scores[found] = row, totals[c]
-        found += row < limit
+        indices[found + c], scores[found + c] = rows[first + c], q * np.float64(keys[first + c, 0])
+    for i in range(1, len(exact)):
+        q = exact[i]
+        for c in range(size):
+            scores[found + c] += q * np.float64(keys[np.uint64(first + c), np.uint64(i)])
+    if limit == n:
+        return found + size
+    for c in range(found, found + size):
+        indices[found], scores[found] = indices[c], scores[c]
+        found += indices[found] < limit
     return found
 
 
@@ -234,13 +238,15 @@ def _read(tree, exact, asked, code, lists, start, stop, indices, scores):
     """
     rows, keys, codes = tree[:3]
     open_, least, whole, wholes = lists
-    lines, n = rows.reshape(-1, 1), len(rows)
+    lines, blocks, n = rows.reshape(-1, 1), codes.reshape(len(codes), -1), len(rows)
     kept, totals = np.empty(BATCH + LEAF, np.int32), np.empty(BATCH + LEAF)
     found = size = tested = 0
     for p in range(start, min(stop, wholes)):
-        found = _take(rows, keys, exact, asked[2], whole[p], kept, totals, indices, scores, found)
+        found = _take(rows, keys, exact, asked[2], whole[p], indices, scores, found)
     for p in range(max(start - wholes, 0), stop - wholes):
         leaf = open_[p]
+        if p + AHEAD < stop - wholes:
+            prefetch_row(blocks, open_[p + AHEAD])
         mask = scan_one(codes, leaf, code, least[p])
         if n - leaf * LEAF < LEAF:
             mask &= (np.uint64(1) << np.uint64(n - leaf * LEAF)) - np.uint64(1)
