@@ -255,6 +255,8 @@ class HSRIndex:
         covered = runs[-1].stop
         if covered < self.n:
             runs.append(Segment(covered, self.n, brute_numba.Brute(self._largest)))
+        if len(runs) == 1:  # it holds every key, so the limits are its own
+            return runs[0].structure.report(self._store[head, : self.n], rows, bounds, limits, collect)
         parts = [
             run.structure.report(
                 self._store[head, run.start : run.stop],
@@ -265,6 +267,4 @@ class HSRIndex:
             )
             for run in runs
         ]
-        if len(parts) == 1:
-            return parts[0]
         return concatenate(parts, [run.start for run in runs], np.int32 if self.n <= MOST else np.int64)
