@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from attention import Certified, DecodeSession, Dense, ReLUPower, Result, Softmax, TopR, Values, decode, prefill
 from attention.reference import dense
 from hsr import ArgumentError, HSRIndex, methods
+from tests.strategies import served
 
 POLICIES = [
     Dense(),
@@ -34,10 +35,11 @@ class Problem(NamedTuple):
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Problem:
+def problems(draw: st.DrawFn, method: str) -> Problem:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     batch, g, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    n, d, dv = draw(st.integers(1, 300)), draw(st.integers(1, 16)), draw(st.integers(1, 6))
+    n, dv = draw(st.integers(1, 300)), draw(st.integers(1, 6))
+    d = served(method, draw(st.integers(1, 16)))
     m = draw(st.integers(1, min(n, 4)))
     sharpness = draw(st.sampled_from((0.1, 1.0, 5.0, 40.0)))
     q = sharpness * rng.standard_normal((batch, g * group, m, d))
@@ -49,6 +51,9 @@ def problems(draw: st.DrawFn) -> Problem:
         q, k = np.round(q), np.round(k)
     dtype = draw(st.sampled_from((np.float32, np.float64, np.float16)))
     return Problem(q.astype(dtype), k.astype(dtype), v.astype(dtype))
+
+
+served_problems = st.sampled_from(methods("build")).flatmap(lambda name: st.tuples(st.just(name), problems(name)))
 
 
 def assert_certified(result: Result, problem: Problem, weight: Any, causal: bool) -> None:
@@ -72,10 +77,9 @@ def assert_certified(result: Result, problem: Problem, weight: Any, causal: bool
 
 
 @pytest.mark.parametrize(("weight", "policy"), WEIGHTS, ids=lambda x: repr(x))
-@given(problem=problems(), method=st.sampled_from(methods("build")), causal=st.booleans())
-def test_no_error_exceeds_its_certificate(
-    weight: Any, policy: Any, problem: Problem, method: str, causal: bool
-) -> None:
+@given(case=served_problems, causal=st.booleans())
+def test_no_error_exceeds_its_certificate(weight: Any, policy: Any, case: tuple[str, Problem], causal: bool) -> None:
+    method, problem = case
     result = prefill(*problem, causal=causal, weight=weight, policy=policy, method=method)
     assert result.output.dtype == problem.q.dtype
     assert result.output.shape == (*problem.q.shape[:-1], problem.v.shape[-1])
@@ -87,10 +91,11 @@ def test_no_error_exceeds_its_certificate(
 
 
 @pytest.mark.parametrize(("weight", "policy"), WEIGHTS, ids=lambda x: repr(x))
-@given(problem=problems(), method=st.sampled_from(methods("build")), start=st.floats(0, 1))
+@given(case=served_problems, start=st.floats(0, 1))
 def test_a_session_answers_as_decode_over_all_tokens(
-    weight: Any, policy: Any, problem: Problem, method: str, start: float
+    weight: Any, policy: Any, case: tuple[str, Problem], start: float
 ) -> None:
+    method, problem = case
     q, k, v = problem
     n = k.shape[2]
     first = max(1, int(start * n))
