@@ -263,7 +263,7 @@ def test_a_width_that_a_method_does_not_serve_is_refused_with_the_reason() -> No
 
 def test_repr_and_properties() -> None:
     index = HSRIndex(normal(2, 30, 4), "brute")
-    assert repr(index) == "HSRIndex(heads=2, n=30, d=4, dtype=float32, method=brute)"
+    assert repr(index) == "HSRIndex(heads=2, n=30, alive=30, d=4, dtype=float32, method=brute)"
     assert index.largest == np.abs(index.keys).max()
     with pytest.raises(ArgumentError, match="buffer must be at least 1; got 0"):
         HSRIndex(normal(3, 2), buffer=0)

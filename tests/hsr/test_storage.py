@@ -66,12 +66,13 @@ def test_every_altered_byte_is_refused(saved: tuple[HSRIndex, Path]) -> None:
         HSRIndex.load(path)
 
 
-def test_a_later_version_is_named(saved: tuple[HSRIndex, Path]) -> None:
+@pytest.mark.parametrize("version", [1, 7])
+def test_another_version_is_named(saved: tuple[HSRIndex, Path], version: int) -> None:
     _, path = saved
     data = bytearray(path.read_bytes())
-    data[8:12] = (7).to_bytes(4, "little")
+    data[8:12] = version.to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(StorageError, match="format version 7; this library reads version 1"):
+    with pytest.raises(StorageError, match=f"format version {version}; this library reads version 2"):
         HSRIndex.load(path)
 
 
