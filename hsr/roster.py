@@ -49,11 +49,13 @@ class Roster:
         stored: how many keys are stored, dead ones among them.
         old: (c,) int64, ascending; ids of the first c of them, which the last rebuild kept.
         fresh: id of the next; from there on ids are consecutive.
+        n: how many ids were given.
         deaths: how many stored keys are dead.
     """
 
     def __init__(self, stored: int, old: np.ndarray, fresh: int, dead: np.ndarray) -> None:
         self.stored, self.old, self.fresh = stored, old, fresh
+        self.n = fresh + stored - len(old)
         self.deaths = int(np.count_nonzero(dead))
         self._dead = dead  # (capacity,) bool, longer than the keys are many once one is dead
 
@@ -61,11 +63,6 @@ class Roster:
     def of(cls, stored: int) -> Roster:
         """Keys of which none was ever deleted."""
         return cls(stored, np.empty(0, np.int64), 0, np.empty(0, bool))
-
-    @property
-    def n(self) -> int:
-        """How many ids were given."""
-        return self.fresh + self.stored - len(self.old)
 
     @property
     def alive(self) -> int:
@@ -119,7 +116,7 @@ class Roster:
 
     def extend(self, count: int) -> None:
         """Add living keys with the next ids."""
-        self.stored += count
+        self.stored, self.n = self.stored + count, self.n + count
         if self.deaths:
             self._cover()
 
