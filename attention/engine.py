@@ -73,7 +73,7 @@ class Plan:
             output, lse, slope, log_dropped, error, report.counts, values, index.dtype, self.weight, kind
         )
         counters = Counters(report.scanned.reshape(limits.shape), report.visited.reshape(limits.shape), report.counts)
-        return Result(output, lse, np.isneginf(lse), certificate, counters, index.n)
+        return Result(output, lse, np.isneginf(lse), certificate, counters, index.alive)
 
     def _select(self, visible: Visible) -> Selection:
         if isinstance(self.weight, ReLUPower):

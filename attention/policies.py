@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from attention.probe_numba import lse_floor
 from hsr import HSRIndex, Report, checks
+from hsr.roster import Held
 
 
 @dataclass(frozen=True)
 class Visible:
-    """Queries that face an index: each sees its first ``limits`` keys."""
+    """Queries that face an index: each sees the living keys with ids below its limit."""
 
     index: HSRIndex
     q: Any  # (h, m, d), in the index's dtype
     queries: np.ndarray  # (h, m, d) float64, the same
     limits: np.ndarray  # (h, m) int64
     scale: float
+
+    @cached_property
+    def held(self) -> Held:
+        """The keys to sample, and how many living ones each query sees."""
+        return self.index.held(self.limits)
 
     def score_error(self) -> np.ndarray:
         """Bound (h, m) on the float64 rounding of any scaled score."""
@@ -82,8 +89,8 @@ class TopR:
 
     def select(self, visible: Visible) -> Selection:
         """Report the top r, or all visible keys where there are fewer."""
-        limits = visible.limits
-        wanted = np.ceil(limits**0.8 - 1e-9).astype(np.int64) if self.r is None else np.full(limits.shape, self.r)
+        limits, living = visible.limits, visible.held.living
+        wanted = np.ceil(living**0.8 - 1e-9).astype(np.int64) if self.r is None else np.full(limits.shape, self.r)
         wanted = np.clip(wanted, 1, visible.index.n)
         report = visible.index.topk(visible.q, wanted, prefix=limits)
         last = np.maximum(report.offsets[1:] - 1, 0).reshape(limits.shape)
@@ -119,24 +126,15 @@ class Certified:
 
     def select(self, visible: Visible) -> Selection:
         """Report the half-space at T."""
-        index, limits, scale = visible.index, visible.limits, visible.scale
-        heads = index.heads
-        floor = lse_floor(
-            index.keys.reshape(heads, index.n, index.d),
-            visible.queries.reshape(heads, -1, index.d),
-            limits.reshape(heads, -1),
-            scale,
-            self.sinks,
-            self.recent,
-            self.spread,
-        ).reshape(limits.shape)
+        living, scale = visible.held.living, visible.scale
+        floor = lse_floor(visible.held, visible.queries, scale, self.sinks, self.recent, self.spread)
         with np.errstate(divide="ignore"):
-            threshold = floor - visible.score_error() + np.log(self.eps / np.maximum(limits, 1))
-        report = index.query(visible.q, threshold / scale, prefix=limits)
+            threshold = floor - visible.score_error() + np.log(self.eps / np.maximum(living, 1))
+        report = visible.index.query(visible.q, threshold / scale, prefix=visible.limits)
         return Selection(report, _log_tail(visible, report, threshold), "deterministic")
 
 
 def _log_tail(visible: Visible, report: Report, highest: np.ndarray) -> np.ndarray:
     """ln of (visible keys not reported) exp(highest scaled score any of them can have)."""
     with np.errstate(divide="ignore"):
-        return np.log(visible.limits - report.counts) + (highest + 2 * visible.score_error())
+        return np.log(visible.held.living - report.counts) + (highest + 2 * visible.score_error())

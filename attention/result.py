@@ -67,11 +67,11 @@ class Result:
     Attributes:
         output: (..., m, dv), in the type and dtype of the queries.
         lse: (..., m) float64; natural logarithm of the sum of the attended weights, -inf for an empty row.
-        empty: (..., m) bool; rows without any weight (possible for ReLUPower only), whose output is zero by convention:
-            the paper leaves them undefined.
+        empty: (..., m) bool; rows without any weight (for Softmax only where no key is left), whose output is zero by
+            convention: the paper leaves them undefined.
         certificate: bounds on the error.
         counters: work done.
-        n: number of keys in the cache.
+        n: number of living keys in the cache.
     """
 
     output: Any

@@ -86,6 +86,9 @@ class Sampled:
         """Sample and attend: Result (h, m), output float64."""
         h, m, d = visible.queries.shape
         g = visible.index.heads
+        if visible.index.alive < visible.index.n:
+            gone = visible.index.n - visible.index.alive
+            raise ArgumentError(f"Sampled needs an index from which nothing was deleted; got one that lost {gone} keys")
         step = max(1, ESTIMATES // (h * visible.index.n))
         rows = visible.queries.reshape(g, h // g, m, d).transpose(0, 2, 1, 3)  # (g, m, G, d)
         limits = visible.limits.reshape(g, h // g, m)
