@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from attention import bounded
 from attention.policies import Certified, Policy, Selection, Visible
 from attention.result import Counters, Result, certify
 from attention.sampled import Sampled
@@ -62,6 +63,8 @@ class Plan:
             raise ArgumentError("q and k must have scores within float64; got products that overflow it")
         if isinstance(self.policy, Sampled):
             return self.policy.attend(visible, values)
+        if isinstance(self.policy, Certified) and self.policy.bytes_per_key is not None:
+            return bounded.attend(self.policy, visible, values)
         report, log_dropped, kind = self._select(visible)
         run = choose("attend", self.method)
         output, lse, slope = run(

@@ -15,6 +15,7 @@ import numpy as np
 
 from attention.probe_numba import lse_floor
 from hsr import HSRIndex, Report, checks
+from hsr.errors import ArgumentError
 from hsr.roster import Held
 
 
@@ -105,24 +106,40 @@ class Certified:
     The half-space lies at ``T = LSE0 + ln(eps / n)`` with LSE0 the log-sum-exp of a few keys scored first: at most n
     keys lie below it, each of weight below ``exp(T)``, so they hold at most ``eps exp(LSE0) <= eps sum_j exp(s_j)``.
 
+    With ``bytes_per_key`` the rule is sharper, and the index unused: codes bound every score from both sides, and the
+    keys left out are as many of the least as have bounds that sum to eps of what all must weigh (see `hsr.bounded`).
+
     Args:
         eps: bound on the dropped mass, in [0, 1); 0 keeps every key.
-        sinks, recent, spread: how many first, last and evenly spaced keys LSE0 is taken from; they change the cost, not
-            the guarantee.
+        sinks, recent: how many first and last keys are scored first; they change the cost, not the guarantee.
+        spread: without codes, how many evenly spaced keys more.
+        bytes_per_key: None, or the size of a code, a multiple of 4, at least 4: at best 8 bits an axis.
+        delta: with codes, 0 for a bound that always holds; else the grids are shifted at random, bounds are narrower
+            and hold for each query with probability 1 - delta, over shifts that keys and queries do not depend on.
+            Worth it for 2 to 6 bits an axis.
+        seed: of the shifts, 0 .. 2**63 - 1.
 
     Raises:
-        ArgumentError: eps outside [0, 1), or a count that is not a whole number of at least 0.
+        ArgumentError: a value out of range.
     """
 
     eps: float = 0.01
     sinks: int = 4
     recent: int = 64
     spread: int = 192
+    bytes_per_key: int | None = None
+    delta: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         checks.real("eps", self.eps, 0.0, 1.0)
         for name in ("sinks", "recent", "spread"):
             checks.whole(name, getattr(self, name), 0)
+        if self.bytes_per_key is not None and checks.whole("bytes_per_key", self.bytes_per_key, 4) % 4:
+            raise ArgumentError(f"bytes_per_key must be a multiple of 4; got {self.bytes_per_key}")
+        if checks.real("delta", self.delta, 0.0, 1.0) and self.bytes_per_key is None:
+            raise ArgumentError(f"delta must be 0 without bytes_per_key; got {self.delta}")
+        checks.whole("seed", self.seed, 0, 2**63 - 1)
 
     def select(self, visible: Visible) -> Selection:
         """Report the half-space at T."""

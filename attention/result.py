@@ -25,8 +25,9 @@ class Certificate:
     Every array has the queries' leading shape.
 
     Attributes:
-        kind: "exact" (nothing was dropped), "deterministic" (holds for every input) or "statistical" (each bound holds
-            with about the stated confidence over the random draw, as estimated from it).
+        kind: "exact" (nothing was dropped), "deterministic" (holds for every input), "probability" (holds with the
+            stated confidence over the random shifts of the codes' grids) or "statistical" (each bound holds with about
+            the stated confidence over the random draw, as estimated from it).
         dropped_mass: bound on the share of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165); NaN
             where what was dropped is made up for by the weights of a sample.
         output_error: bound on ``||output - exact||_2``.  The truncation part uses
@@ -116,6 +117,7 @@ def certify(
     dtype: str,
     weight: Softmax | ReLUPower,
     kind: str,
+    confidence: float = 1.0,
 ) -> Certificate:
     """output (h, m, dv), lse to reported (h, m), h a multiple of the values' heads -> certificate, arrays (h, m)."""
     repeat = len(output) // len(values.radius)
@@ -138,4 +140,4 @@ def certify(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(error == 0, 0.0, np.where(left > 0, error / left, np.inf))
         shift = -np.log1p(-dropped) - np.log1p(-moved) + 4 * UNIT * (reported + np.abs(lse))
-    return Certificate(kind, dropped, error, ratio, np.where(empty & (reported == 0), 0.0, shift))
+    return Certificate(kind, dropped, error, ratio, np.where(empty & (reported == 0), 0.0, shift), confidence)

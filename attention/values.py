@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hsr import checks
+from hsr.bounded import Bounded
 from hsr.errors import ArgumentError
 from hsr.lifted import Lifted
 
@@ -35,6 +36,7 @@ class Values:
         self.radius = self._reach(array)  # (g,)
         self._lift = np.empty((len(array), 0))
         self._lifted: dict[tuple[float, int], Lifted] = {}
+        self._bounded: dict[tuple[int, float, int], Bounded] = {}
 
     @property
     def array(self) -> np.ndarray:
@@ -72,6 +74,15 @@ class Values:
             self._lifted[place] = Lifted(keys, self.lift, scale, bytes_per_key, known)
         self._lifted[place].follow(keys, self.lift)
         return self._lifted[place]
+
+    def bounded(self, keys: np.ndarray, queries: np.ndarray, bytes_per_key: int, delta: float, seed: int) -> Bounded:
+        """The bounded codes of keys (g, n, d); made once, then kept up with the keys.  Queries as for `lifted`."""
+        place = bytes_per_key, delta, seed
+        if place not in self._bounded:
+            known = queries.reshape(len(queries), -1, queries.shape[-1])
+            self._bounded[place] = Bounded(keys, bytes_per_key, known, delta, seed)
+        self._bounded[place].follow(keys)
+        return self._bounded[place]
 
     def checked(self, values: Any) -> np.ndarray:
         """Values (g, t, dv) that may be appended; ArgumentError if they do not match."""

@@ -76,7 +76,7 @@ class Coder:
         g, n, d = keys.shape
         bits = self.layout.bits
         used = min(len(bits), d)
-        packed = np.zeros((g, -(-n // KEYS), sum(self.layout.words), KEYS, BYTES), np.uint8)
+        coded = np.zeros((g, -(-n // KEYS), sum(self.layout.words), KEYS, BYTES), np.uint8)
         error = np.empty((g, n))
         key_map, steps = self.key_map.astype(keys.dtype), self.steps[:, :used].astype(keys.dtype)
         for first in range(0, n, SLICE):
@@ -89,8 +89,8 @@ class Coder:
                 y[head, :, :used] -= steps[head] * (rounded - (2.0 ** bits[:used] - 1) / 2)
             error[:, first : first + SLICE] = np.einsum("gni,gni->gn", y, y)
             blocks = slice(first // KEYS, first // KEYS + codes.shape[1] // KEYS)
-            packed[:, blocks] = _packed(codes.reshape(g, -1, KEYS, len(bits)), self.layout)
-        return packed, error
+            coded[:, blocks] = packed(codes.reshape(g, -1, KEYS, len(bits)), self.layout)
+        return coded, error
 
     def prepare(self, queries: np.ndarray) -> CodedQueries:
         """Queries (g, m, d) float64 -> their int8 form."""
@@ -116,7 +116,24 @@ def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None)
         queries: (g, m, d) like those to come, from which M is taken; few of them pull it little from the identity.
             None: all directions count alike.
     """
-    sample = keys[:, :: -(-keys.shape[1] // SAMPLE)].astype(np.float64)
+    mean, key_map, query_map, variances = principal_axes(keys, queries)
+    g, _, d = keys.shape
+    layout = best_layout(variances.sum(axis=0), bytes_per_key)
+    used = min(len(layout.bits), d)
+    steps, error = np.zeros((g, len(layout.bits))), variances[:, used:].sum(axis=1)
+    sample = _sample(keys)
+    for head in range(g):
+        y = (sample[head] - mean[head]) @ key_map[head, :, :used]
+        steps[head, :used], lost = _best_steps(y, layout.bits[:used])
+        error[head] += lost
+    return Coder(layout, mean, key_map, query_map, steps, error)
+
+
+def principal_axes(
+    keys: np.ndarray, queries: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mean (g, d), key_map, query_map (g, d, d) and the axes' variances (g, d), falling; arguments as for `fit`."""
+    sample = _sample(keys)
     g, _, d = sample.shape
     mean = sample.mean(axis=1)
     key_map, query_map, variances = np.empty((g, d, d)), np.empty((g, d, d)), np.empty((g, d))
@@ -127,28 +144,31 @@ def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None)
         variances[head] = np.maximum(variance[::-1], 0.0)
         key_map[head] = (vectors * np.sqrt(values)) @ axes[:, ::-1]
         query_map[head] = (vectors / np.sqrt(values)) @ axes[:, ::-1]
-    layout = best_layout(variances.sum(axis=0), bytes_per_key)
-    used = min(len(layout.bits), d)
-    steps, error = np.zeros((g, len(layout.bits))), variances[:, used:].sum(axis=1)
-    for head in range(g):
-        y = (sample[head] - mean[head]) @ key_map[head, :, :used]
-        steps[head, :used], lost = _best_steps(y, layout.bits[:used])
-        error[head] += lost
-    return Coder(layout, mean, key_map, query_map, steps, error)
+    return mean, key_map, query_map, variances
 
 
 def best_layout(variances: np.ndarray, bytes_per_key: int) -> Layout:
     """Variances (d,) of the axes, falling -> the layout of least expected squared error."""
-    d, words = len(variances), bytes_per_key // BYTES
+    return cheapest_layout(variances, bytes_per_key, DISTORTION, 1.0)
+
+
+def cheapest_layout(weights: np.ndarray, bytes_per_key: int, costs: dict[int, float], dropped: float) -> Layout:
+    """The layout of least cost: the sum over axes of a weight (d,), falling, times the cost of its bits, or of none."""
+    d, words = len(weights), bytes_per_key // BYTES
     first = np.indices((words + 1,) * 3).reshape(3, -1)
     first = first[:, first.sum(axis=0) <= words]
     counts = np.vstack([first, words - first.sum(axis=0)])  # (4, layouts)
     ends = np.cumsum(counts * (BYTES * 8 // np.array(WIDTHS))[:, None], axis=0)
-    upto = np.concatenate([[0.0], np.cumsum(variances)])[np.minimum(ends, d)]  # (4, layouts)
+    upto = np.concatenate([[0.0], np.cumsum(weights)])[np.minimum(ends, d)]  # (4, layouts)
     spans = np.diff(upto, axis=0, prepend=0.0)
-    loss = np.array([DISTORTION[width] for width in WIDTHS]) @ spans + variances.sum() - upto[-1]
+    loss = np.array([costs[width] for width in WIDTHS]) @ spans + dropped * (weights.sum() - upto[-1])
     eights, fours, twos, ones = (int(count) for count in counts[:, np.argmin(loss)])
     return Layout((eights, fours, twos, ones))
+
+
+def _sample(keys: np.ndarray) -> np.ndarray:
+    """At most SAMPLE of keys (g, n, d), evenly spaced, in float64."""
+    return keys[:, :: -(-keys.shape[1] // SAMPLE)].astype(np.float64)
 
 
 def _second_moment(queries: np.ndarray) -> np.ndarray:
@@ -176,7 +196,7 @@ def _rounded(y: np.ndarray, steps: np.ndarray, bits: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(cells) + levels / 2, 0, levels - 1)
 
 
-def _packed(codes: np.ndarray, layout: Layout) -> np.ndarray:
+def packed(codes: np.ndarray, layout: Layout) -> np.ndarray:
     """codes (g, blocks, 64, axes) uint8 -> (g, blocks, words, 64, 4)."""
     packed = np.zeros((*codes.shape[:2], sum(layout.words), *codes.shape[2:3], BYTES), np.uint8)
     word = axis = 0
