@@ -9,6 +9,7 @@ from attention.decode import decode
 from attention.policies import Certified, Dense, Policy, TopR
 from attention.prefill import prefill
 from attention.result import Certificate, Counters, Result
+from attention.sampled import Sampled
 from attention.session import DecodeSession
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
@@ -25,6 +26,7 @@ __all__ = [
     "Policy",
     "ReLUPower",
     "Result",
+    "Sampled",
     "Softmax",
     "TopR",
     "Values",

@@ -9,6 +9,7 @@ import numpy as np
 from attention.engine import Plan, fold
 from attention.policies import Policy
 from attention.result import Result
+from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
@@ -20,15 +21,16 @@ def decode(
     values: Any,
     *,
     weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-    policy: Policy | None = None,
+    policy: Policy | Sampled | None = None,
     scale: float | None = None,
 ) -> Result:
-    """Attention of new queries over every key of the index.
+    """Attention of new queries over every living key of the index.
 
     Args:
         q: (h, m, d) or (B, h, m, d), in the index's dtype; head i reads key-value head i // (h / g).
         index: over keys (g, n, d); for a batch over (B g, n, d), the batch folded into the heads.
-        values: (g, n, dv) or (B, g, n, dv); or `Values` made of (B g, n, dv), which saves a pass over them.
+        values: (g, n, dv) or (B, g, n, dv), one per id of the index, deleted or not; or `Values` made of (B g, n, dv),
+            which saves a pass over them.
         weight: Softmax() or ReLUPower(alpha, b).
         policy: for Softmax, which keys to keep: Dense(), TopR(r) or Certified(eps); None means Certified(0.01).
             ReLUPower takes none: its half-space is exact (Theorem 4.1).

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from attention import bounded
 from attention.policies import Certified, Policy, Selection, Visible
 from attention.result import Counters, Result, certify
+from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex, checks
@@ -32,7 +34,7 @@ class Plan:
     """
 
     weight: Softmax | ReLUPower
-    policy: Policy | None
+    policy: Policy | Sampled | None
     scale: float | None
     method: str = "numba"
 
@@ -41,8 +43,8 @@ class Plan:
             raise ArgumentError(f"weight must be Softmax() or ReLUPower(alpha, b); got {self.weight!r}")
         if isinstance(self.weight, ReLUPower) and self.policy is not None:
             raise ArgumentError(f"policy must be None for ReLUPower, whose half-space is exact; got {self.policy!r}")
-        if self.policy is not None and not callable(getattr(self.policy, "select", None)):
-            raise ArgumentError(f"policy must be Dense(), TopR(r) or Certified(eps); got {self.policy!r}")
+        if self.policy is not None and not (isinstance(self.policy, Sampled) or hasattr(self.policy, "select")):
+            raise ArgumentError(f"policy must be Dense(), TopR(r), Certified(eps) or Sampled(eps); got {self.policy!r}")
         if self.scale is not None:
             checks.real("scale", self.scale, np.nextafter(0, 1), np.inf)
 
@@ -59,6 +61,10 @@ class Plan:
         error = visible.score_error()
         if not np.isfinite(error).all():
             raise ArgumentError("q and k must have scores within float64; got products that overflow it")
+        if isinstance(self.policy, Sampled):
+            return self.policy.attend(visible, values)
+        if isinstance(self.policy, Certified) and self.policy.bytes_per_key is not None:
+            return bounded.attend(self.policy, visible, values)
         report, log_dropped, kind = self._select(visible)
         run = choose("attend", self.method)
         output, lse, slope = run(
@@ -70,14 +76,16 @@ class Plan:
             output, lse, slope, log_dropped, error, report.counts, values, index.dtype, self.weight, kind
         )
         counters = Counters(report.scanned.reshape(limits.shape), report.visited.reshape(limits.shape), report.counts)
-        return Result(output, lse, np.isneginf(lse), certificate, counters, index.n)
+        return Result(output, lse, np.isneginf(lse), certificate, counters, index.alive)
 
     def _select(self, visible: Visible) -> Selection:
         if isinstance(self.weight, ReLUPower):
             half_space = self.weight.half_space(visible.scale)
             report = visible.index.query(visible.q, half_space, prefix=visible.limits)
             return Selection(report, np.full(visible.limits.shape, -np.inf), "exact")
-        return (self.policy or Certified()).select(visible)
+        policy = self.policy or Certified()
+        assert not isinstance(policy, Sampled)
+        return policy.select(visible)
 
 
 def _checked(q: Any, index: HSRIndex) -> np.ndarray:

@@ -9,23 +9,31 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from attention.probe_numba import lse_floor
 from hsr import HSRIndex, Report, checks
+from hsr.errors import ArgumentError
+from hsr.roster import Held
 
 
 @dataclass(frozen=True)
 class Visible:
-    """Queries that face an index: each sees its first ``limits`` keys."""
+    """Queries that face an index: each sees the living keys with ids below its limit."""
 
     index: HSRIndex
     q: Any  # (h, m, d), in the index's dtype
     queries: np.ndarray  # (h, m, d) float64, the same
     limits: np.ndarray  # (h, m) int64
     scale: float
+
+    @cached_property
+    def held(self) -> Held:
+        """The keys to sample, and how many living ones each query sees."""
+        return self.index.held(self.limits)
 
     def score_error(self) -> np.ndarray:
         """Bound (h, m) on the float64 rounding of any scaled score."""
@@ -87,8 +95,8 @@ class TopR:
 
     def select(self, visible: Visible) -> Selection:
         """Report the top r, or all visible keys where there are fewer."""
-        limits = visible.limits
-        wanted = np.ceil(limits**0.8 - 1e-9).astype(np.int64) if self.r is None else np.full(limits.shape, self.r)
+        limits, living = visible.limits, visible.held.living
+        wanted = np.ceil(living**0.8 - 1e-9).astype(np.int64) if self.r is None else np.full(limits.shape, self.r)
         wanted = np.clip(wanted, 1, visible.index.n)
         report = visible.index.topk(visible.q, wanted, prefix=limits)
         last = np.maximum(report.offsets[1:] - 1, 0).reshape(limits.shape)
@@ -108,41 +116,48 @@ class Certified:
     The half-space lies at ``T = LSE0 + ln(eps / n)`` with LSE0 the log-sum-exp of a few keys scored first: at most n
     keys lie below it, each of weight below ``exp(T)``, so they hold at most ``eps exp(LSE0) <= eps sum_j exp(s_j)``.
 
+    With ``bytes_per_key`` the rule is sharper, and the index unused: codes bound every score from both sides, and the
+    keys left out are as many of the least as have bounds that sum to eps of what all must weigh (see `hsr.bounded`).
+
     Args:
         eps: bound on the dropped mass, in [0, 1); 0 keeps every key.
-        sinks, recent, spread: how many first, last and evenly spaced keys LSE0 is taken from; they change the cost, not
-            the guarantee.
+        sinks, recent: how many first and last keys are scored first; they change the cost, not the guarantee.
+        spread: without codes, how many evenly spaced keys more.
+        bytes_per_key: None, or the size of a code, a multiple of 4, at least 4: at best 8 bits an axis.
+        delta: with codes, 0 for a bound that always holds; else the grids are shifted at random, bounds are narrower
+            and hold for each query with probability 1 - delta, over shifts that keys and queries do not depend on.
+            Worth it for 2 to 6 bits an axis.
+        seed: of the shifts, 0 .. 2**63 - 1.
 
     Raises:
-        ArgumentError: eps outside [0, 1), or a count that is not a whole number of at least 0.
+        ArgumentError: a value out of range.
     """
 
     eps: float = 0.01
     sinks: int = 4
     recent: int = 64
     spread: int = 192
+    bytes_per_key: int | None = None
+    delta: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         checks.real("eps", self.eps, 0.0, 1.0)
         for name in ("sinks", "recent", "spread"):
             checks.whole(name, getattr(self, name), 0)
+        if self.bytes_per_key is not None and checks.whole("bytes_per_key", self.bytes_per_key, 4) % 4:
+            raise ArgumentError(f"bytes_per_key must be a multiple of 4; got {self.bytes_per_key}")
+        if checks.real("delta", self.delta, 0.0, 1.0) and self.bytes_per_key is None:
+            raise ArgumentError(f"delta must be 0 without bytes_per_key; got {self.delta}")
+        checks.whole("seed", self.seed, 0, 2**63 - 1)
 
     def select(self, visible: Visible) -> Selection:
         """Report the half-space at T."""
-        index, limits, scale = visible.index, visible.limits, visible.scale
-        heads = index.heads
-        floor = lse_floor(
-            index.keys.reshape(heads, index.n, index.d),
-            visible.queries.reshape(heads, -1, index.d),
-            limits.reshape(heads, -1),
-            scale,
-            self.sinks,
-            self.recent,
-            self.spread,
-        ).reshape(limits.shape)
+        living, scale = visible.held.living, visible.scale
+        floor = lse_floor(visible.held, visible.queries, scale, self.sinks, self.recent, self.spread)
         with np.errstate(divide="ignore"):
-            threshold = floor - visible.score_error() + np.log(self.eps / np.maximum(limits, 1))
-        report = index.query(visible.q, threshold / scale, prefix=limits)
+            threshold = floor - visible.score_error() + np.log(self.eps / np.maximum(living, 1))
+        report = visible.index.query(visible.q, threshold / scale, prefix=visible.limits)
         return Selection(report, _log_tail(visible, report, threshold), "deterministic")
 
     def tighter(self, n: int) -> Policy | None:
@@ -153,4 +168,4 @@ class Certified:
 def _log_tail(visible: Visible, report: Report, highest: np.ndarray) -> np.ndarray:
     """ln of (visible keys not reported) exp(highest scaled score any of them can have)."""
     with np.errstate(divide="ignore"):
-        return np.log(visible.limits - report.counts) + (highest + 2 * visible.score_error())
+        return np.log(visible.held.living - report.counts) + (highest + 2 * visible.score_error())

@@ -7,6 +7,7 @@ from typing import Any
 from attention.engine import Plan, fold, prompt_limits
 from attention.policies import Policy
 from attention.result import Result, joined
+from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
@@ -21,7 +22,7 @@ def prefill(
     *,
     causal: bool = True,
     weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-    policy: Policy | None = None,
+    policy: Policy | Sampled | None = None,
     scale: float | None = None,
     method: str = "auto",
 ) -> Result:

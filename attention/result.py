@@ -25,18 +25,25 @@ class Certificate:
     Every array has the queries' leading shape.
 
     Attributes:
-        kind: "exact" (nothing was dropped) or "deterministic" (holds for every input).
-        dropped_mass: bound on the share of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165).
+        kind: "exact" (nothing was dropped), "deterministic" (holds for every input), "probability" (holds with the
+            stated confidence over the random shifts of the codes' grids) or "statistical" (each bound holds with about
+            the stated confidence over the random draw, as estimated from it).
+        dropped_mass: bound on the share of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165); NaN
+            where what was dropped is made up for by the weights of a sample.
         output_error: bound on ``||output - exact||_2``.  The truncation part uses
             ``exact - output = tau (mu - output)``, mu the mean of the dropped values, inside the values' ball; the
             rest bounds the rounding, that of the output's own dtype included.
         relative_error: bound on ``||output - exact||_2 / ||exact||_2``; infinite where the bound exceeds the output.
+        lse_error: bound on the distance of the log-sum-exp from the exact one.
+        confidence: with which each bound holds; 1 but for statistical kinds.
     """
 
     kind: str
     dropped_mass: np.ndarray
     output_error: np.ndarray
     relative_error: np.ndarray
+    lse_error: np.ndarray
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,11 @@ class Result:
     Attributes:
         output: (..., m, dv), in the type and dtype of the queries.
         lse: (..., m) float64; natural logarithm of the sum of the attended weights, -inf for an empty row.
-        empty: (..., m) bool; rows without any weight (possible for ReLUPower only), whose output is zero by convention:
-            the paper leaves them undefined.
+        empty: (..., m) bool; rows without any weight (for Softmax only where no key is left), whose output is zero by
+            convention: the paper leaves them undefined.
         certificate: bounds on the error.
         counters: work done.
-        n: number of keys in the cache.
+        n: number of living keys in the cache.
     """
 
     output: Any
@@ -110,6 +117,7 @@ def certify(
     dtype: str,
     weight: Softmax | ReLUPower,
     kind: str,
+    confidence: float = 1.0,
 ) -> Certificate:
     """output (h, m, dv), lse to reported (h, m), h a multiple of the values' heads -> certificate, arrays (h, m)."""
     repeat = len(output) // len(values.radius)
@@ -131,4 +139,5 @@ def certify(
     left = size - error
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(error == 0, 0.0, np.where(left > 0, error / left, np.inf))
-    return Certificate(kind, dropped, error, ratio)
+        shift = -np.log1p(-dropped) - np.log1p(-moved) + 4 * UNIT * (reported + np.abs(lse))
+    return Certificate(kind, dropped, error, ratio, np.where(empty & (reported == 0), 0.0, shift), confidence)

@@ -9,6 +9,7 @@ import numpy as np
 from attention.engine import Plan, fold
 from attention.policies import Policy
 from attention.result import Result
+from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
@@ -34,7 +35,7 @@ class DecodeSession:
         v: Any,
         *,
         weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-        policy: Policy | None = None,
+        policy: Policy | Sampled | None = None,
         scale: float | None = None,
         method: str = "auto",
     ) -> None:
@@ -54,8 +55,13 @@ class DecodeSession:
 
     @property
     def n(self) -> int:
-        """Number of cached tokens."""
+        """Number of tokens ever added; a token's id is its position among them, whatever is evicted."""
         return self._index.n
+
+    @property
+    def alive(self) -> int:
+        """Number of tokens that were not evicted."""
+        return self._index.alive
 
     def append(self, k: Any, v: Any) -> None:
         """Add tokens: k (g, t, d), v (g, t, dv), or with a leading B; if either is refused, neither is added.
@@ -69,8 +75,22 @@ class DecodeSession:
         self._index.append(keys)
         self._values.append(values)
 
+    def evict(self, ids: Any) -> None:
+        """Forget tokens, in every head and batch: later calls attend as if they had never been there.
+
+        Their values stay in memory, for ids are positions among the values; keys and structures are given back as in
+        `HSRIndex.delete`.
+
+        Args:
+            ids: (t,) whole numbers in 0..n-1, each once; nothing changes if it is refused.
+
+        Raises:
+            ArgumentError: not whole numbers, out of range, repeated, or evicted before.
+        """
+        self._index.delete(ids)
+
     def attend(self, q: Any) -> Result:
-        """Attention of q (h, m, d) or (B, h, m, d) over every cached token; see `attention.decode`."""
+        """Attention of q (h, m, d) or (B, h, m, d) over every token not evicted; see `attention.decode`."""
         folded = fold("q", q)
         if len(q.shape) != len(self._leading) + 2 or tuple(q.shape[:-3]) != self._leading[:-1]:
             raise ArgumentError(f"q must have the cache's batch {self._leading[:-1]}; got shape {tuple(q.shape)}")

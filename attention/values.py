@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from hsr import checks
+from hsr.bounded import Bounded
 from hsr.errors import ArgumentError
+from hsr.lifted import Lifted
 
 LARGEST = 1e150  # squares of entries, and sums of them, stay finite
+NEAR = 0.1  # times the root mean square distance from the centre: values nearer are sampled as if there
+TINY = 1e-150  # where all values coincide
+SAMPLE = 1 << 12  # values whose covariance is taken
 
 
 class Values:
@@ -28,11 +34,55 @@ class Values:
         self._n = array.shape[1]
         self.centre = array.mean(axis=1, dtype=np.float64)  # (g, dv)
         self.radius = self._reach(array)  # (g,)
+        self._lift = np.empty((len(array), 0))
+        self._lifted: dict[tuple[float, int], Lifted] = {}
+        self._bounded: dict[tuple[int, float, int], Bounded] = {}
 
     @property
     def array(self) -> np.ndarray:
         """The values (g, n, dv), as a view."""
         return self._store[:, : self._n]
+
+    @property
+    def lift(self) -> np.ndarray:
+        """(g, n) float64, ``ln ||v_j - centre||``, not much below the typical one: what an attended key can change."""
+        done = self._lift.shape[1]
+        if done < self._n:
+            distance = self._distance(self.array[:, done:])
+            if not done:
+                self._floor = NEAR * np.sqrt((distance**2).mean(axis=1, keepdims=True)) + TINY
+            lift = np.log(np.maximum(distance, self._floor))
+            self._lift = np.concatenate([self._lift, lift], axis=1)
+        return self._lift[:, : self._n]
+
+    @cached_property
+    def directions(self) -> np.ndarray:
+        """(g,) how many principal directions the values spread over: ``tr(C)^2 / tr(C^2)`` of their covariance C."""
+        sample = self.array[:, :: -(-self._n // SAMPLE)] - self.centre[:, None]
+        moment = np.matmul(sample.swapaxes(1, 2), sample)
+        square = (moment**2).sum(axis=(1, 2))
+        return np.divide(np.trace(moment, axis1=1, axis2=2) ** 2, square, out=np.ones(len(square)), where=square > 0)
+
+    def lifted(self, keys: np.ndarray, queries: np.ndarray, scale: float, bytes_per_key: int) -> Lifted:
+        """The codes of keys (g, n, d), lifted by these values; made once, then kept up with the keys.
+
+        The queries (g, rows, G, d) of the first call set the codes' metric.
+        """
+        place = scale, bytes_per_key
+        if place not in self._lifted:
+            known = queries.reshape(len(queries), -1, queries.shape[-1])
+            self._lifted[place] = Lifted(keys, self.lift, scale, bytes_per_key, known)
+        self._lifted[place].follow(keys, self.lift)
+        return self._lifted[place]
+
+    def bounded(self, keys: np.ndarray, queries: np.ndarray, bytes_per_key: int, delta: float, seed: int) -> Bounded:
+        """The bounded codes of keys (g, n, d); made once, then kept up with the keys.  Queries as for `lifted`."""
+        place = bytes_per_key, delta, seed
+        if place not in self._bounded:
+            known = queries.reshape(len(queries), -1, queries.shape[-1])
+            self._bounded[place] = Bounded(keys, bytes_per_key, known, delta, seed)
+        self._bounded[place].follow(keys)
+        return self._bounded[place]
 
     def checked(self, values: Any) -> np.ndarray:
         """Values (g, t, dv) that may be appended; ArgumentError if they do not match."""
@@ -59,8 +109,11 @@ class Values:
 
     def _reach(self, array: np.ndarray) -> np.ndarray:
         """Largest distance (g,) of the given values from the centre, rounded up."""
-        distance = np.sqrt(((array - self.centre[:, None]) ** 2).sum(axis=2)).max(axis=1, initial=0.0)
-        return distance * (1 + 1e-12 * array.shape[2])
+        return self._distance(array).max(axis=1, initial=0.0) * (1 + 1e-12 * array.shape[2])
+
+    def _distance(self, array: np.ndarray) -> np.ndarray:
+        """Distances (g, t) of the given values from the centre."""
+        return np.sqrt(((array - self.centre[:, None]) ** 2).sum(axis=2))
 
 
 def _moderate(values: Any) -> np.ndarray:

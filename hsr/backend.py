@@ -45,6 +45,7 @@ ROWS = (
     Row("build", "reference", "hsr.reference", "cpu", "the definition, plain float64 numpy"),
     Row("build", "brute", "hsr.brute_numba", "cpu", "few keys; scores every one"),
     Row("build", "tree", "hsr.tree_numba", "cpu", "small d (2 to about 8); box bounds, whole subtrees at once"),
+    Row("build", "layers", "hsr.layers_numba", "cpu", "the plane (d = 2); convex layers, O(log n + k) a query"),
     Row("build", "sketch", "hsr.sketch_numba", "cpu", "attention's d (16 to 256); int8 codes with a proven bound"),
     Row("attend", "numba", "attention.attend_numba", "cpu", "weighted values over reported keys"),
     Row("attend", "reference", "attention.reference", "cpu", "the definition, plain float64 numpy"),

@@ -83,6 +83,27 @@ def lengths(name: str, values: Any, shape: tuple[int, ...], most: int, least: in
     return np.full(shape, found, np.int64)
 
 
+def distinct(name: str, values: Any, below: int) -> np.ndarray:
+    """A sequence or array (t,) of different whole numbers in ``0..below - 1`` -> int64 (t,)."""
+    try:
+        found = np.asarray(values)
+    except (TypeError, ValueError) as fault:  # ragged, or not on the CPU
+        raise ArgumentError(f"{name} must be a sequence of whole numbers; got {type(values).__name__}") from fault
+    if found.ndim != 1:
+        raise ArgumentError(f"{name} must be a sequence of whole numbers; got shape {found.shape}")
+    if not found.size:
+        return np.empty(0, np.int64)
+    if found.dtype.kind not in "iu":
+        raise ArgumentError(f"{name} must be whole numbers; got {found.dtype}")
+    if found.min() < 0 or found.max() >= below:
+        raise ArgumentError(f"{name} must lie in 0..{below - 1}; got {found.min()}..{found.max()}")
+    ordered = np.sort(found)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if repeated.size:
+        raise ArgumentError(f"{name} must name each key once; got {repeated[0]} more than once")
+    return found.astype(np.int64)
+
+
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     """A whole number in ``least..most``; booleans are refused."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):

@@ -45,6 +45,15 @@ def reaches(query, keys, j, total, threshold, widest):
     return inside
 
 
+@njit(cache=True)
+def widest_of(query, largest):
+    """`widest_band` of one query (d,) float64."""
+    magnitude = 0.0
+    for i in range(query.shape[0]):
+        magnitude += abs(query[i])
+    return (query.shape[0] + 1) * (1.01 * BAND * (magnitude * largest) + UNDERFLOW)
+
+
 def widest_band(queries: np.ndarray, largest: float) -> np.ndarray:
     """queries (m, d) float64, largest magnitude of any key entry -> (m,) float64, at least the band of every key."""
     width = queries.shape[1] + 1

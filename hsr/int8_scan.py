@@ -22,34 +22,88 @@ LANES = 16  # keys in a 512-bit register of int32
 
 
 @njit(cache=True)
-def plain_block(codes, block, queries, tile, least, masks):
-    """Set bit j of masks[i] iff ``sum_a codes[block, a // 4, j, a % 4] * queries[tile, i, a // 4, a % 4] >= least[i]``.
+def plain_mask(codes, block, query, least):
+    """A uint64 whose bit j is set iff ``sum_a codes[block, a // 4, j, a % 4] * query[a // 4, a % 4] >= least``.
 
-    codes (blocks, groups, 64, 4) uint8, queries (tiles, 4, groups, 4) int8, least (4,) int32, masks (4,) uint64.
+    codes (blocks, groups, 64, 4) uint8, query (groups, 4) int8, least int32.
     """
-    sums = np.empty(KEYS, np.int32)
+    sums = np.zeros(KEYS, np.int32)
     words = codes[block].view(np.uint32)  # (groups, 64, 1): whole words are what compilers vectorise
     byte = np.uint32(255)
-    for i in range(QUERIES):
-        row = queries[tile, i]
-        sums[:] = 0
-        for group in range(codes.shape[1]):
-            f0, f1, f2, f3 = (
-                np.int32(row[group, 0]),
-                np.int32(row[group, 1]),
-                np.int32(row[group, 2]),
-                np.int32(row[group, 3]),
-            )
-            word = words[group]
-            for j in range(KEYS):
-                w = word[j, 0]
-                low = np.int32(w & byte) * f0 + np.int32((w >> np.uint32(8)) & byte) * f1
-                high = np.int32((w >> np.uint32(16)) & byte) * f2 + np.int32(w >> np.uint32(24)) * f3
-                sums[j] = np.int32(sums[j] + np.int32(low + high))
-        mask = np.uint64(0)
+    for group in range(codes.shape[1]):
+        f0, f1 = np.int32(query[group, 0]), np.int32(query[group, 1])
+        f2, f3 = np.int32(query[group, 2]), np.int32(query[group, 3])
+        word = words[group]
         for j in range(KEYS):
-            mask |= np.uint64(sums[j] >= least[i]) << np.uint64(j)
-        masks[i] = mask
+            w = word[j, 0]
+            low = np.int32(w & byte) * f0 + np.int32((w >> np.uint32(8)) & byte) * f1
+            high = np.int32((w >> np.uint32(16)) & byte) * f2 + np.int32(w >> np.uint32(24)) * f3
+            sums[j] = np.int32(sums[j] + np.int32(low + high))
+    mask = np.uint64(0)
+    for j in range(KEYS):
+        mask |= np.uint64(sums[j] >= least) << np.uint64(j)
+    return mask
+
+
+@njit(cache=True)
+def plain_block(codes, block, queries, tile, least, masks):
+    """`plain_mask` of a tile of queries: queries (tiles, 4, groups, 4) int8, least (4,) int32 -> masks (4,) uint64."""
+    for i in range(QUERIES):
+        masks[i] = plain_mask(codes, block, queries[tile, i], least[i])
+
+
+def _emit_masks(builder, p_codes, p_queries, groups, bounds):
+    """LLVM IR for one block's keys against ``len(bounds)`` queries: their bounds (i32) -> their masks (i64).
+
+    Codes (groups, 64, 4) uint8 and queries (queries, groups, 4) int8 are given by address.
+    """
+    i16, i32, i64 = (ir.IntType(bits) for bits in (16, 32, 64))
+    vector = ir.VectorType(i32, LANES)
+    multiply_add = builder.module.globals.get("llvm.x86.avx512.vpdpbusd.512") or ir.Function(
+        builder.module, ir.FunctionType(vector, [vector] * 3), "llvm.x86.avx512.vpdpbusd.512"
+    )
+
+    def load(base, offset, kind):
+        value = builder.load(builder.inttoptr(builder.add(base, offset), kind.as_pointer()))
+        value.align = 1
+        return value
+
+    def splat(value):
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(i32, 0))
+        return builder.shuffle_vector(
+            one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(i32, LANES), [0] * LANES)
+        )
+
+    before = builder.block
+    loop, done = builder.append_basic_block("groups"), builder.append_basic_block("compare")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    group = builder.phi(i64)
+    sums = [[builder.phi(vector) for _ in range(KEYS // LANES)] for _ in bounds]
+    group.add_incoming(ir.Constant(i64, 0), before)
+    keys_at = builder.mul(group, ir.Constant(i64, KEYS * AXES))
+    keys = [load(p_codes, builder.add(keys_at, ir.Constant(i64, 4 * LANES * v)), vector) for v in range(KEYS // LANES)]
+    stride = builder.mul(groups, ir.Constant(i64, AXES))
+    for i, totals in enumerate(sums):
+        row = builder.add(builder.mul(stride, ir.Constant(i64, i)), builder.mul(group, ir.Constant(i64, AXES)))
+        factor = splat(load(p_queries, row, i32))
+        for v, total in enumerate(totals):
+            total.add_incoming(ir.Constant(vector, None), before)
+            updated = builder.call(multiply_add, [total, keys[v], factor])
+            total.add_incoming(updated, loop)
+            totals[v] = updated
+    following = builder.add(group, ir.Constant(i64, 1))
+    group.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_unsigned("<", following, groups), loop, done)
+    builder.position_at_end(done)
+    masks = []
+    for bound, totals in zip(bounds, sums, strict=True):
+        least, mask = splat(bound), ir.Constant(i64, 0)
+        for v, total in enumerate(totals):
+            part = builder.bitcast(builder.icmp_signed(">=", total, least), i16)
+            mask = builder.or_(mask, builder.shl(builder.zext(part, i64), ir.Constant(i64, LANES * v)))
+        masks.append(mask)
+    return masks
 
 
 @intrinsic
@@ -61,61 +115,44 @@ def _vnni(typing_context, codes, queries, groups, least, masks):
 
     def codegen(context, builder, signature, arguments):
         p_codes, p_queries, n_groups, p_least, p_masks = arguments
-        i16, i32, i64 = (ir.IntType(bits) for bits in (16, 32, 64))
-        vector = ir.VectorType(i32, LANES)
-        multiply_add = builder.module.globals.get("llvm.x86.avx512.vpdpbusd.512") or ir.Function(
-            builder.module, ir.FunctionType(vector, [vector] * 3), "llvm.x86.avx512.vpdpbusd.512"
-        )
+        i32, i64 = ir.IntType(32), ir.IntType(64)
 
-        def load(base, offset, kind, align):
-            place = builder.inttoptr(builder.add(base, offset), kind.as_pointer())
-            value = builder.load(place)
-            value.align = align
-            return value
+        def place(base, i, kind):
+            offset = ir.Constant(i64, kind.width // 8 * i)
+            return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
 
-        def splat(value):
-            one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(i32, 0))
-            return builder.shuffle_vector(
-                one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(i32, LANES), [0] * LANES)
-            )
-
-        before = builder.block
-        loop, done = builder.append_basic_block("groups"), builder.append_basic_block("compare")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        group = builder.phi(i64)
-        sums = [[builder.phi(vector) for _ in range(KEYS // LANES)] for _ in range(QUERIES)]
-        group.add_incoming(ir.Constant(i64, 0), before)
-        keys_at = builder.mul(group, ir.Constant(i64, KEYS * AXES))
-        keys = [
-            load(p_codes, builder.add(keys_at, ir.Constant(i64, 4 * LANES * v)), vector, 1)
-            for v in range(KEYS // LANES)
-        ]
-        stride = builder.mul(n_groups, ir.Constant(i64, AXES))
-        for i in range(QUERIES):
-            row = builder.add(builder.mul(stride, ir.Constant(i64, i)), builder.mul(group, ir.Constant(i64, AXES)))
-            factor = splat(load(p_queries, row, i32, 1))
-            for v, total in enumerate(sums[i]):
-                total.add_incoming(ir.Constant(vector, None), before)
-                updated = builder.call(multiply_add, [total, keys[v], factor])
-                total.add_incoming(updated, loop)
-                sums[i][v] = updated
-        following = builder.add(group, ir.Constant(i64, 1))
-        group.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_unsigned("<", following, n_groups), loop, done)
-        builder.position_at_end(done)
-        for i in range(QUERIES):
-            bound = splat(load(p_least, ir.Constant(i64, 4 * i), i32, 4))
-            mask = ir.Constant(i64, 0)
-            for v, total in enumerate(sums[i]):
-                part = builder.bitcast(builder.icmp_signed(">=", total, bound), i16)
-                shifted = builder.shl(builder.zext(part, i64), ir.Constant(i64, LANES * v))
-                mask = builder.or_(mask, shifted)
-            place = builder.inttoptr(builder.add(p_masks, ir.Constant(i64, 8 * i)), i64.as_pointer())
-            builder.store(mask, place)
+        bounds = [builder.load(place(p_least, i, i32)) for i in range(QUERIES)]
+        for i, mask in enumerate(_emit_masks(builder, p_codes, p_queries, n_groups, bounds)):
+            builder.store(mask, place(p_masks, i, i64))
         return context.get_dummy_value()
 
     return types.void(codes, queries, groups, least, masks), codegen
+
+
+@intrinsic
+def _vnni_one(typing_context, codes, query, groups, least):
+    """Addresses of one block's codes and of one query, the number of groups of axes, an int32 -> uint64."""
+    address = types.uintp
+    if (codes, query, groups, least) != (address, address, address, types.int32):
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        p_codes, p_query, n_groups, bound = arguments
+        return _emit_masks(builder, p_codes, p_query, n_groups, [bound])[0]
+
+    return types.uint64(codes, query, groups, least), codegen
+
+
+@njit(cache=True)
+def vnni_mask(codes, block, query, least):
+    """See `plain_mask`; the arrays must be C-contiguous."""
+    groups = codes.shape[1]
+    return _vnni_one(
+        np.uintp(codes.ctypes.data + block * (groups * KEYS * AXES)),
+        np.uintp(query.ctypes.data),
+        np.uintp(groups),
+        least,
+    )
 
 
 @njit(cache=True)
@@ -142,3 +179,4 @@ def popcount(mask):
 
 HAS_VNNI = bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni")) and not numba.config.DISABLE_JIT
 scan_block = vnni_block if HAS_VNNI else plain_block
+scan_one = vnni_mask if HAS_VNNI else plain_mask

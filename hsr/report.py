@@ -16,7 +16,7 @@ class Hits(NamedTuple):
     indices: np.ndarray  # (nnz,) int32, or empty where only counts were asked for
     scores: np.ndarray  # (nnz,) float64, or empty
     scanned: np.ndarray  # (m,) int64, keys read at full precision to decide about them
-    visited: np.ndarray  # (m,) int64, bounds evaluated: a tree's nodes, a sketch's key codes
+    visited: np.ndarray  # (m,) int64, bounds evaluated: a tree's nodes and key codes, a sketch's key codes
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Report:
         shape: leading shape of the queries, ``(m,)`` or ``(h, m)``.
         n: number of keys a row could hold.
         scanned: (rows,) int64; keys read at full precision to decide about them.
-        visited: (rows,) int64; bounds evaluated: a tree's nodes, a sketch's key codes.
+        visited: (rows,) int64; bounds evaluated: a tree's nodes and key codes, a sketch's key codes.
         method: name of the index structure that answered.
     """
 

@@ -39,6 +39,20 @@ def _pack(found, starts, offsets, wide_indices, wide_scores, indices, scores):
             target += size
 
 
+@njit(cache=True)
+def gathered(found, width, wide_indices, wide_scores):
+    """`packed` for compiled callers: hits of part p of query i start at (i * parts + p) * width."""
+    m, parts = found.shape
+    offsets = np.zeros(m + 1, np.int64)
+    for i in range(m):
+        offsets[i + 1] = offsets[i] + found[i].sum()
+    size = offsets[m] if width > 0 else 0
+    indices, scores = np.empty(size, np.int32), np.empty(size, np.float64)
+    if size > 0:
+        _pack(found, np.arange(m * parts) * width, offsets, wide_indices, wide_scores, indices, scores)
+    return offsets, indices, scores
+
+
 def packed(
     found: np.ndarray, starts: np.ndarray, wide_indices: np.ndarray, wide_scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,6 +12,10 @@ FEW = 1024  # up to here one pass over the keys costs less than any structure's 
 SAMPLE = 1 << 15  # keys of the trial tree
 PROBES = 16  # trial queries
 SHARE = 0.01  # share of the keys that a trial query reports
+PLANE = (
+    "d = 2: the method layers answers from fewer keys, but its build takes several times a tree's and more as n grows; "
+    "name it where very many queries repay that"
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ def asked(method: str) -> Choice:
 
 def suggest(keys: np.ndarray) -> Choice:
     """keys (n, d) -> ``brute`` for few keys; else ``tree`` if a trial tree reads fewer bytes than ``sketch`` would.
+
+    Never ``layers``: the build is what most callers wait for, and only the caller knows how many queries will follow.
 
     The trial: a tree over at most SAMPLE keys, probed in the directions of PROBES keys from their mean, at thresholds
     that report SHARE of them.  A tree reads 4 d bytes for a key it scans and 8 d for a box; a sketch reads d for every
@@ -52,4 +58,4 @@ def suggest(keys: np.ndarray) -> Choice:
         f"at {SHARE:.0%} reported"
     )
     verdict = f"it would read {cost:.2f} d bytes per key, a sketch reads 1 d"
-    return Choice("tree" if cost < 1 else "sketch", (measured, verdict))
+    return Choice("tree" if cost < 1 else "sketch", (measured, verdict) + (PLANE,) * (keys.shape[1] == 2))

@@ -29,10 +29,13 @@ from hsr.growth import Segment
 from hsr.structure import Structure
 
 MAGIC = b"HSRINDEX"
-VERSION = 1
+VERSION = 2
 PREFIX = struct.Struct("<8sIQ")
 DIGEST = 32
 DTYPES = ("float64", "float32", "int64", "int32", "uint8", "int8", "bool")
+
+
+Own = tuple[np.ndarray, np.ndarray, np.ndarray]  # keys (g, s, d) as held; the roster's ``old`` ids; its ``dead``
 
 
 def nbytes(structure: Structure) -> int:
@@ -40,9 +43,9 @@ def nbytes(structure: Structure) -> int:
     return sum(getattr(value, "nbytes", 8) for value in vars(structure).values())
 
 
-def save(path: Path, settings: dict[str, Any], store: np.ndarray, segments: tuple[tuple[Segment, ...], ...]) -> None:
-    """Write keys (g, n, d) and segments beside ``path``, then rename: a crash leaves the old file or the new one."""
-    arrays = [store]
+def save(path: Path, settings: dict[str, Any], own: Own, segments: tuple[tuple[Segment, ...], ...]) -> None:
+    """Write the index's own arrays and its segments beside ``path``, then rename: a crash leaves the old or the new."""
+    arrays = list(own)
     heads = [[_described(segment, arrays) for segment in head] for head in segments]
     layout = [{"dtype": array.dtype.name, "shape": array.shape} for array in arrays]
     header = json.dumps({"settings": settings, "heads": heads, "arrays": layout}).encode()
@@ -63,8 +66,8 @@ def save(path: Path, settings: dict[str, Any], store: np.ndarray, segments: tupl
         raise
 
 
-def load(path: Path) -> tuple[dict[str, Any], np.ndarray, tuple[tuple[Segment, ...], ...]]:
-    """Settings, keys (g, n, d) and segments of a file written by `save`; StorageError if it is not whole or not one."""
+def load(path: Path) -> tuple[dict[str, Any], Own, tuple[tuple[Segment, ...], ...]]:
+    """Settings, the index's own arrays and segments of a file that `save` wrote; StorageError if it is not that."""
     data = path.read_bytes()
     if data[: len(MAGIC)] != MAGIC:
         raise StorageError(f"{path} is not a saved index: it must begin with {MAGIC!r}; got {data[: len(MAGIC)]!r}")
@@ -87,7 +90,8 @@ def load(path: Path) -> tuple[dict[str, Any], np.ndarray, tuple[tuple[Segment, .
         position += size * dtype.itemsize
     kind = typing.get_type_hints(choose("build", header["settings"]["method"]))["return"]
     heads = tuple(tuple(_restored(entry, kind, arrays) for entry in head) for head in header["heads"])
-    return header["settings"], arrays[0], heads
+    store, old, dead = arrays[:3]
+    return header["settings"], (store, old, dead), heads
 
 
 def _described(segment: Segment, arrays: list[np.ndarray]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from numba import njit, prange
 
 from hsr.exact import score
 from hsr.report import Report
+from hsr.roster import Held
 from hsr.rows import offsets_of
 from hsr.scaling import without_overflow
 
@@ -14,34 +15,50 @@ SAMPLE = 1024  # keys scored per query to place the half-space
 DEVIATIONS = 4.0  # by how many standard deviations of the sample's count the half-space is widened
 
 
+@njit(cache=True)
+def _sampled(dead, limit):
+    """How many of the sampled keys live."""
+    size = min(limit, SAMPLE)
+    if len(dead) == 0:
+        return size
+    count = 0
+    for j in range(size):
+        count += not dead[j * limit // size]
+    return count
+
+
 @njit(parallel=True, cache=True)
-def _place(keys, queries, limits, wanted, thresholds):
+def _place(keys, dead, queries, limits, living, wanted, thresholds):
     rows = len(queries) // len(keys)
     for i in prange(len(queries)):
-        size = min(limits[i], SAMPLE)
-        expected = wanted[i] * size / max(limits[i], 1)
+        size, count = min(limits[i], SAMPLE), _sampled(dead, limits[i])
+        expected = wanted[i] * count / max(living[i], 1)
         rank = np.int64(np.ceil(expected + DEVIATIONS * np.sqrt(expected))) + 1
-        if rank >= size:
+        if rank >= count:
             thresholds[i] = -np.inf
         else:
             query, head = queries[i], keys[i // rows]
-            scores = np.empty(size)
+            scores = np.empty(count)
+            placed = 0
             for j in range(size):
-                scores[j] = score(query, head, j * limits[i] // size)
-            thresholds[i] = np.partition(scores, size - rank)[size - rank]
+                place = j * limits[i] // size
+                if not (len(dead) and dead[place]):
+                    scores[placed] = score(query, head, place)
+                    placed += 1
+            thresholds[i] = np.partition(scores, count - rank)[count - rank]
 
 
 def sampled_thresholds(
-    keys: np.ndarray, queries: np.ndarray, limits: np.ndarray, wanted: np.ndarray, largest: float
+    keys: np.ndarray, held: Held, queries: np.ndarray, wanted: np.ndarray, largest: float
 ) -> np.ndarray:
-    """keys (g, n, d), queries (g, rows, d) float64, limits and wanted of g rows int64 -> thresholds (g rows,) float64.
+    """keys (g, n, d), queries (g, rows, d) float64, held and wanted of g rows int64 -> thresholds (g rows,) float64.
 
-    Each half-space is likely to hold at least ``wanted`` of the first ``limits`` keys, and not many more.  The sample
-    is evenly spaced, hence deterministic.
+    Each half-space is likely to hold at least ``wanted`` of the living among the first ``limits`` keys, and not many
+    more.  The sample is evenly spaced, hence deterministic.
     """
     flat = queries.reshape(-1, queries.shape[2])
     flat, placed, shift = without_overflow(flat, np.zeros(len(flat)), largest)
-    _place(keys, flat, limits.ravel(), wanted.ravel(), placed)
+    _place(keys, held.dead, flat, held.limits.ravel(), held.living.ravel(), wanted.ravel(), placed)
     with np.errstate(over="ignore"):
         return placed if shift is None else np.ldexp(placed, shift)
 

@@ -20,8 +20,8 @@ Check. (i) Lattice inputs decided in whole numbers. (ii) The constants are the f
 What this does not show. A fitted exponent over six octaves is not an asymptotic bound, and a box tree has none of
 this kind: keys within 1e-3 of the hyperplane of coordinate sum 0, queried along its normal, make it read every key
 (the exponent on the slab is 1), where the structure of the corollary would not. For d near 64 and unstructured keys
-the bound itself is nearly n. Updates are `logarithmic_method`; their measured cost is log n, not log^2 n, rebuilds
-per key.
+the bound itself is nearly n. Updates are `logarithmic_method` and `deletion_by_rebuilding`; their measured cost is
+log n, not log^2 n, rebuilds per key.
 """
 
 from __future__ import annotations

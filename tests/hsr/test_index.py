@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hsr import ArgumentError, HSRIndex, methods
+from hsr import ArgumentError, BackendUnavailable, HSRIndex, methods
 from hsr.reference import topk as reference_topk
 from tests.assertions import assert_reports
-from tests.strategies import DTYPES, cases
+from tests.strategies import DTYPES, cases, served
 
 METHODS = methods("build")
 
@@ -95,13 +95,14 @@ def test_topk_refuses_r_out_of_range(r: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_infinite_thresholds_and_no_queries(method: str) -> None:
-    index = HSRIndex(normal(70, 4), method)
-    queries = normal(3, 4, seed=1)
+    d = served(method, 4)
+    index = HSRIndex(normal(70, d), method)
+    queries = normal(3, d, seed=1)
     everything = index.query(queries, -np.inf)
     assert (everything.counts == 70).all()
     assert (np.sort(everything.indices.reshape(3, 70), axis=1) == np.arange(70)).all()
     assert index.query(queries, np.inf).indices.size == 0
-    nothing = index.query(np.empty((0, 4), np.float32), 0.0)
+    nothing = index.query(np.empty((0, d), np.float32), 0.0)
     assert nothing.counts.shape == (0,)
     assert nothing.to_scipy().shape == (0, 70)
 
@@ -109,8 +110,9 @@ def test_infinite_thresholds_and_no_queries(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numpy_and_torch_views_give_the_same_and_stay_unchanged(method: str, dtype: str) -> None:
-    base = torch.from_numpy(normal(2, 30, 12)).to(getattr(torch, dtype))
-    keys, queries = base.transpose(0, 1)[:, :, ::2].transpose(0, 1), base[:1, :3, 6:].expand(2, 3, 6)
+    d = served(method, 6)
+    base = torch.from_numpy(normal(2, 30, 2 * d)).to(getattr(torch, dtype))
+    keys, queries = base.transpose(0, 1)[:, :, ::2].transpose(0, 1), base[:1, :3, d:].expand(2, 3, d)
     before = base.clone()
     report = HSRIndex(keys, method).query(queries, 0.3)
     if dtype != "bfloat16":
@@ -123,7 +125,7 @@ def test_numpy_and_torch_views_give_the_same_and_stay_unchanged(method: str, dty
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_index_does_not_see_later_changes_of_its_input(method: str) -> None:
-    keys = normal(100, 6)
+    keys = normal(100, served(method, 6))
     index = HSRIndex(keys, method)
     wanted = index.query(keys[:2], 0.0).counts
     queries = keys[:2].copy()
@@ -136,7 +138,7 @@ def test_the_index_does_not_see_later_changes_of_its_input(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @given(data=st.data())
 def test_topk_is_the_reference_top_k(method: str, data: st.DataObject) -> None:
-    case = data.draw(cases("float32"))
+    case = data.draw(cases("float32", method))
     n, m = len(case.plain_keys), len(case.plain_queries)
     r = data.draw(st.integers(1, n))
     prefix = np.array(data.draw(st.lists(st.integers(0, n), min_size=m, max_size=m)))
@@ -174,7 +176,8 @@ def test_topk_survives_a_sample_that_misleads() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_append_equals_building_at_once(method: str) -> None:
-    keys, queries = normal(2, 1500, 6), normal(4, 3, 6, seed=1)
+    d = served(method, 6)
+    keys, queries = normal(2, 1500, d), normal(4, 3, d, seed=1)
     index = HSRIndex(keys[:, :100], method, buffer=64)
     for start in range(100, 1500, 7):
         index.append(keys[:, start : start + 7])
@@ -212,19 +215,20 @@ class Growth(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 1000), method=st.sampled_from(METHODS), buffer=st.integers(1, 40))
     def begin(self, seed: int, method: str, buffer: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.keys = self.rng.integers(-3, 4, (self.rng.integers(1, 30), 3)).astype(np.float32)
+        self.d = served(method, 3)
+        self.keys = self.rng.integers(-3, 4, (self.rng.integers(1, 30), self.d)).astype(np.float32)
         self.index = HSRIndex(self.keys, method, buffer=buffer)
 
     @rule(count=st.integers(0, 60))
     def append(self, count: int) -> None:
-        new = self.rng.integers(-3, 4, (count, 3)).astype(np.float32)
+        new = self.rng.integers(-3, 4, (count, self.d)).astype(np.float32)
         self.index.append(new)
         self.keys = np.concatenate([self.keys, new])
 
     @precondition(lambda self: hasattr(self, "index"))
     @invariant()
     def answers_are_complete(self) -> None:
-        queries = self.rng.integers(-3, 4, (2, 3)).astype(np.float32)
+        queries = self.rng.integers(-3, 4, (2, self.d)).astype(np.float32)
         thresholds = self.rng.integers(-6, 10, 2).astype(np.float64)
         limits = self.rng.integers(0, len(self.keys) + 1, 2)
         report = self.index.query(queries, thresholds, prefix=limits)
@@ -244,9 +248,22 @@ def test_auto_chooses_by_measurement_and_says_why(shape: tuple[int, int], method
     assert explained["index_bytes_per_key"] < explained["key_bytes_per_key"] * 3
 
 
+def test_auto_leaves_the_plane_to_the_tree_and_says_what_layers_would_do() -> None:
+    explained = HSRIndex(normal(5000, 2)).explain()
+    assert explained["method"] == "tree"
+    assert "layers" in explained["reasons"][-1]
+    assert not any("layers" in reason for reason in HSRIndex(normal(5000, 3)).explain()["reasons"])
+
+
+def test_a_width_that_a_method_does_not_serve_is_refused_with_the_reason() -> None:
+    message = "method 'layers' cannot serve this call: it needs keys of width 2, got width 3"
+    with pytest.raises(BackendUnavailable, match=message):
+        HSRIndex(normal(2, 10, 3), "layers")
+
+
 def test_repr_and_properties() -> None:
     index = HSRIndex(normal(2, 30, 4), "brute")
-    assert repr(index) == "HSRIndex(heads=2, n=30, d=4, dtype=float32, method=brute)"
+    assert repr(index) == "HSRIndex(heads=2, n=30, alive=30, d=4, dtype=float32, method=brute)"
     assert index.largest == np.abs(index.keys).max()
     with pytest.raises(ArgumentError, match="buffer must be at least 1; got 0"):
         HSRIndex(normal(3, 2), buffer=0)

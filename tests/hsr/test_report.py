@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from hsr import ArgumentError, HSRIndex, Report, methods
 from hsr.reference import report as reference_report
 from tests.assertions import assert_reports
-from tests.strategies import DTYPES, cases
+from tests.strategies import DTYPES, cases, served
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", methods("build"))
 @given(data=st.data())
 def test_reports_what_brute_force_reports(method: str, dtype: str, data: st.DataObject) -> None:
-    case = data.draw(cases(dtype))
+    case = data.draw(cases(dtype, method))
     n, m = len(case.plain_keys), len(case.plain_queries)
     index = HSRIndex(case.keys, method)
     report = index.query(case.queries, case.thresholds)
@@ -32,7 +32,8 @@ def test_reports_what_brute_force_reports(method: str, dtype: str, data: st.Data
 @pytest.mark.parametrize("fault", ["dropped", "stranger", "repeat", "score"])
 def test_the_assertion_rejects_a_planted_fault(method: str, fault: str) -> None:
     rng = np.random.default_rng(3)
-    keys, queries = rng.standard_normal((200, 5)), rng.standard_normal((1, 5))
+    d = served(method, 5)
+    keys, queries = rng.standard_normal((200, d)), rng.standard_normal((1, d))
     threshold = np.quantile(queries @ keys.T, 0.9, axis=1)
     good = HSRIndex(keys, method).query(queries, threshold)
     limits = np.array([200])
@@ -80,7 +81,8 @@ def test_underflow_in_a_shrunk_query_loses_no_key(method: str) -> None:
 @pytest.mark.parametrize("method", methods("build"))
 def test_a_subnormal_query_over_huge_keys_keeps_its_rounding_band(method: str) -> None:
     rng = np.random.default_rng(0)
-    keys, queries = rng.standard_normal((1, 20)) * 1e305, rng.standard_normal((1, 20)) * 1e-320
+    d = served(method, 20)
+    keys, queries = rng.standard_normal((1, d)) * 1e305, rng.standard_normal((1, d)) * 1e-320
     scores = queries @ keys.T
     assert HSRIndex(keys, method).count(queries, scores[:, 0])[0] == 1
     assert HSRIndex(keys, method).count(queries, np.sum(queries[0] * keys[0])[None])[0] == 1
@@ -103,5 +105,5 @@ def test_report_rows_and_scipy_form() -> None:
 
 
 def test_an_unknown_method_lists_the_known_ones() -> None:
-    with pytest.raises(ArgumentError, match=r"method must be one of reference, brute, tree, sketch.*got 'kd'"):
+    with pytest.raises(ArgumentError, match=r"method must be one of reference, brute, tree, layers, sketch; got 'kd'"):
         HSRIndex(np.ones((3, 2)), "kd")

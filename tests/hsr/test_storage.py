@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hsr import HSRIndex, StorageError, methods
+from tests.strategies import served
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def saved(tmp_path: Path) -> tuple[HSRIndex, Path]:
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_loaded_index_answers_alike_and_grows_alike(tmp_path: Path, method: str, dtype: str) -> None:
     rng = np.random.default_rng(1)
-    keys, queries = rng.standard_normal((700, 6)).astype(dtype), rng.standard_normal((9, 6)).astype(dtype)
+    d = served(method, 6)
+    keys, queries = rng.standard_normal((700, d)).astype(dtype), rng.standard_normal((9, d)).astype(dtype)
     index = HSRIndex(keys[:600], method)
     index.append(keys[600:650])
     index.save(tmp_path / "keys.hsr")
@@ -64,12 +66,13 @@ def test_every_altered_byte_is_refused(saved: tuple[HSRIndex, Path]) -> None:
         HSRIndex.load(path)
 
 
-def test_a_later_version_is_named(saved: tuple[HSRIndex, Path]) -> None:
+@pytest.mark.parametrize("version", [1, 7])
+def test_another_version_is_named(saved: tuple[HSRIndex, Path], version: int) -> None:
     _, path = saved
     data = bytearray(path.read_bytes())
-    data[8:12] = (7).to_bytes(4, "little")
+    data[8:12] = version.to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(StorageError, match="format version 7; this library reads version 1"):
+    with pytest.raises(StorageError, match=f"format version {version}; this library reads version 2"):
         HSRIndex.load(path)
 
 

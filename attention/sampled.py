@@ -1,0 +1,168 @@
+"""Sampled attention: a lifted half-space draws the keys, exact scores weigh them, their spread bounds the error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numba import get_num_threads
+from scipy.special import gammaincinv, ndtri
+
+from attention import sampled_numba
+from attention.result import ROUNDING, SMALLEST, Certificate, Counters, Result, joined
+from attention.values import Values
+from hsr import checks
+from hsr.coded_scan import KEYS
+from hsr.errors import ArgumentError
+from hsr.lifted_numba import generators
+
+if TYPE_CHECKING:
+    from attention.policies import Visible
+
+DRAWS = ("systematic", "independent")
+PARTS = 8  # tasks per thread that attend to drawn keys
+ESTIMATES = 1 << 26  # most estimated scores held at once
+TAIL = 4.0  # kurtosis that a draw brings into the error, over the number of draws; measured on real heads
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An unbiased sample of the keys: key j with probability ``pi_j = min(1, exp(s_hat_j + lift_j - T))``.
+
+    s_hat_j is the score estimated from a few bytes (`hsr.coder`); lift_j is the logarithm of ``||v_j - c||``, the
+    distance of the value from the values' centre, because a key whose value is typical matters little.  Drawn keys
+    weigh ``exp(s_j) / pi_j`` with exact scores, so the sums of weights and of weighted values are unbiased whatever the
+    estimates are worth, and their ratio nearly so.  The query heads of a group share one list (see `hsr.lifted`).
+
+    Args:
+        eps: sets T so that the root mean square error of the output is at most about ``eps`` times the mean distance
+            of the attended values from c, at an expected cost of at most about ``1 / eps ** 2`` keys a head, however
+            many keys there are; in (0, 1).
+        budget: or else sets T so that a head draws so many keys on average, at least 1.
+        bytes_per_key: size of the code: a multiple of 4, at least 4.  32 is 4 bits an axis at d = 64.
+        sinks, recent: the first keys, and at least so many last ones, are attended to always; whole blocks of 64 older
+            keys are sampled.
+        seed: of the generator, 0 .. 2**63 - 1.  Give layers different seeds, so that their errors are independent.
+        redraw: draw afresh for every number of visible keys; else the same u_j serve all steps.
+        draw: "systematic" or "independent".
+        confidence: of the certificate's bounds, in (0, 1).
+
+    Raises:
+        ArgumentError: both or neither of eps and budget, or a value out of range.
+
+    Source: threshold sampling (Duffield, Lund & Thorup 2007) as half-space reporting one dimension up.
+    """
+
+    eps: float | None = None
+    budget: float | None = None
+    bytes_per_key: int = 32
+    sinks: int = 4
+    recent: int = 64
+    seed: int = 0
+    redraw: bool = True
+    draw: str = "systematic"
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if (self.eps is None) == (self.budget is None):
+            raise ArgumentError(f"Sampled needs either eps or budget; got eps={self.eps}, budget={self.budget}")
+        if self.eps is not None:
+            checks.real("eps", self.eps, np.nextafter(0, 1), 1.0)
+        if self.budget is not None:
+            checks.real("budget", self.budget, 1.0, math.inf)
+        checks.whole("bytes_per_key", self.bytes_per_key, 4)
+        if self.bytes_per_key % 4:
+            raise ArgumentError(f"bytes_per_key must be a multiple of 4; got {self.bytes_per_key}")
+        for name in ("sinks", "recent"):
+            checks.whole(name, getattr(self, name), 0)
+        checks.whole("seed", self.seed, 0, 2**63 - 1)
+        if self.draw not in DRAWS:
+            raise ArgumentError(f"draw must be one of {', '.join(DRAWS)}; got {self.draw!r}")
+        checks.real("confidence", self.confidence, np.nextafter(0, 1), 1.0)
+
+    def attend(self, visible: Visible, values: Values) -> Result:
+        """Sample and attend: Result (h, m), output float64."""
+        h, m, d = visible.queries.shape
+        g = visible.index.heads
+        if visible.index.alive < visible.index.n:
+            gone = visible.index.n - visible.index.alive
+            raise ArgumentError(f"Sampled needs an index from which nothing was deleted; got one that lost {gone} keys")
+        step = max(1, ESTIMATES // (h * visible.index.n))
+        rows = visible.queries.reshape(g, h // g, m, d).transpose(0, 2, 1, 3)  # (g, m, G, d)
+        limits = visible.limits.reshape(g, h // g, m)
+        assert (limits == limits[:, :1]).all(), "the heads of a group see the same keys"
+        error = visible.score_error()
+        blocks = [slice(first, first + step) for first in range(0, m, step)]
+        found = [self._attend(visible, values, rows[:, block], limits[:, 0, block]) for block in blocks]
+        results = []
+        for block, (output, lse, moments, counters) in zip(blocks, found, strict=True):
+            certificate = self._certify(output, lse, moments, error[:, block], values, visible.index.dtype)
+            results.append(Result(output, lse, np.isneginf(lse), certificate, counters, visible.index.n))
+        return joined(results)
+
+    def _attend(
+        self, visible: Visible, values: Values, queries: np.ndarray, limits: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counters]:
+        """queries (g, rows, G, d) float64, limits (g, rows) -> output (h, rows, dv), lse, moments (h, rows, 3)."""
+        index, scale = visible.index, visible.scale
+        g, rows, heads, d = queries.shape
+        keys = index.keys.reshape(g, index.n, d)
+        lifted = values.lifted(keys, queries, scale, self.bytes_per_key)
+        start = np.minimum(self.sinks, limits)
+        stop = np.clip((limits - self.recent) // KEYS * KEYS, start, max(lifted.n, self.sinks))
+        spans = np.stack([start, np.where(stop > lifted.n, start, stop)], axis=2)
+        parts = 1 + -(-PARTS * get_num_threads() // (g * rows))
+        width = values.array.shape[2]
+        sums = np.empty((g, rows, parts, heads, sampled_numba.SUMS))
+        vectors, known = np.empty((g, rows, parts, heads, 2, width)), np.empty((g, rows, heads))
+        near, centre = np.ascontiguousarray(queries), values.centre.astype(values.array.dtype)
+        sampled_numba.attend_certain(
+            keys, values.array, values.lift, centre, near, scale, spans, limits, sums, vectors, known
+        )
+        draw = lifted.draw(
+            queries,
+            spans,
+            known,
+            eps=self.eps,
+            budget=self.budget,
+            generators=generators(self.seed, limits if self.redraw else np.zeros_like(limits)),
+            systematic=self.draw == "systematic",
+        )
+        sampled_numba.attend_drawn(
+            keys, values.array, centre, near, scale, draw.ids, draw.pis, draw.counts, get_num_threads(), sums, vectors
+        )
+        output, lse = np.empty((g, rows, heads, width)), np.empty((g, rows, heads))
+        moments = np.empty((g, rows, heads, 3))
+        sampled_numba.merge(sums, vectors, centre, draw.excess, output, lse, moments)
+        sampled = spans[..., 1] - spans[..., 0]
+        drawn = draw.counts.sum(axis=2) + limits - sampled
+        scanned, visited = (np.repeat(count, heads, axis=0) for count in (drawn, sampled))
+        by_head = [np.moveaxis(part, 2, 1).reshape(g * heads, rows, -1) for part in (output, lse, moments)]
+        return by_head[0], by_head[1][..., 0], by_head[2], Counters(scanned, visited, scanned)
+
+    def _certify(
+        self, output: np.ndarray, lse: np.ndarray, moments: np.ndarray, error: np.ndarray, values: Values, dtype: str
+    ) -> Certificate:
+        """output (h, rows, dv), moments (h, rows, 3), score rounding (h, rows) -> bounds at the stated confidence.
+
+        The squared error of the output is a sum over the values' principal directions: a chi-squared variable of about
+        ``values.directions`` degrees of freedom, fewer where few draws carry it.
+        """
+        repeat = len(output) // len(values.radius)
+        directions, centre, radius = (
+            np.repeat(part, repeat, axis=0) for part in (values.directions, values.centre, values.radius)
+        )
+        freedom = 1 / (1 / directions[:, None] + TAIL / (2 * moments[..., 2]))
+        spread = np.sqrt(moments[..., 1] * gammaincinv(freedom / 2, self.confidence) * 2 / freedom)
+        reach = np.sqrt(((output - centre[:, None]) ** 2).sum(axis=2)) + radius[:, None]
+        size = np.sqrt((output**2).sum(axis=2))
+        moved = np.minimum(np.expm1(2 * (error + sampled_numba.ROUNDING)), 1.0)
+        casting = ROUNDING[dtype] * size * (1 + 1e-6) + SMALLEST[dtype] * np.sqrt(output.shape[2])
+        bound = spread + moved * reach + casting
+        left = size - bound
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(bound == 0, 0.0, np.where(left > 0, bound / left, np.inf))
+        lse_error = ndtri((1 + self.confidence) / 2) * np.sqrt(moments[..., 0]) + error + sampled_numba.ROUNDING
+        return Certificate("statistical", np.full(lse.shape, np.nan), bound, ratio, lse_error, self.confidence)

@@ -1,0 +1,209 @@
+"""Transform coding: a few bytes per key from which any query's scores can be estimated.
+
+Keys (n, d) are centred, whitened by the queries' second moment ``M = E[q q^T]`` and rotated to the principal axes of
+the result, so that the mean squared error of a score is the sum of the axes' mean squared errors.  Each axis is then
+rounded to 8, 4, 2 or 1 bits, or dropped.  With ``key_map = M^(1/2) U`` and ``query_map = M^(-1/2) U``,
+
+    y = (k - mean) key_map,   y_i ~ step_i (code_i - (2^b_i - 1) / 2),   <q, k> = <q, mean> + <q query_map, y>.
+
+Estimates carry no bound (`hsr.sketch_numba` has codes that do).  What uses them is right for any estimate: a lifted
+half-space (`hsr.lifted`) samples keys by estimates and weighs them by exact scores.
+
+Layout of codes: (g, blocks, words, 64, 4) uint8, a word being 4 bytes of each of a block's 64 keys.  A word of b-bit
+codes holds 8 / b *planes* of 4 axes: bits ``b p .. b p + b - 1`` of its byte t are axis ``4 p + t`` of the word.  Words
+of 8 bits come first, then those of 4, 2 and 1; axes are in order of falling variance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsr.coded_scan import BYTES, KEYS, QUERIES, WIDTHS
+
+DISTORTION = {8: 6e-5, 4: 0.01154, 2: 0.1188, 1: 0.3634}  # of a Gaussian's best uniform quantiser, per variance
+STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957, 1: 1.596}  # its step, per standard deviation (Max 1960)
+STRETCH = (0.7, 0.85, 1.0, 1.2, 1.45, 1.8)  # tried on that step: real axes are not Gaussian
+SAMPLE = 1 << 13  # keys that statistics are taken from
+SLICE = 1 << 13  # keys coded at a time, whole blocks
+SMALLEST = 1e-290  # a query with smaller coordinates is orthogonal to every axis
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many words hold codes of 8, 4, 2 and 1 bits."""
+
+    words: tuple[int, int, int, int]
+
+    @property
+    def bytes_per_key(self) -> int:
+        """Bytes that the code of one key takes."""
+        return BYTES * sum(self.words)
+
+    @property
+    def bits(self) -> np.ndarray:
+        """Bits of each coded axis: (axes,) int64, axes a multiple of 4, those beyond the keys' width being padding."""
+        axes = [BYTES * 8 // width * count for count, width in zip(self.words, WIDTHS, strict=True)]
+        return np.repeat(WIDTHS, axes)
+
+
+@dataclass(frozen=True)
+class CodedQueries:
+    """Queries as `hsr.coded_scan` takes them: ``<q, k> ~ base + sigma sum_i a_i code_i``."""
+
+    tiles: np.ndarray  # (g, tiles, 4, planes, 4) int8, the a of four queries a tile; the last one padded with zeros
+    sigma: np.ndarray  # (g, m) float64
+    base: np.ndarray  # (g, m) float64
+
+
+@dataclass(frozen=True)
+class Coder:
+    """Maps and steps of g heads that share a layout."""
+
+    layout: Layout
+    mean: np.ndarray  # (g, d) float64
+    key_map: np.ndarray  # (g, d, d) float64
+    query_map: np.ndarray  # (g, d, d) float64
+    steps: np.ndarray  # (g, axes) float64
+    error: np.ndarray  # (g,) float64, mean squared error of a score over the fit's keys, for queries with its M
+
+    def encode(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys (g, n, d) -> codes (g, ceil(n / 64), words, 64, 4) uint8, each key's squared score error (g, n).
+
+        The error is its mean over queries of second moment M.  The last block is padded with zeros.
+        """
+        g, n, d = keys.shape
+        bits = self.layout.bits
+        used = min(len(bits), d)
+        coded = np.zeros((g, -(-n // KEYS), sum(self.layout.words), KEYS, BYTES), np.uint8)
+        error = np.empty((g, n))
+        key_map, steps = self.key_map.astype(keys.dtype), self.steps[:, :used].astype(keys.dtype)
+        for first in range(0, n, SLICE):
+            part = keys[:, first : first + SLICE]
+            y = np.matmul(part - self.mean[:, None].astype(keys.dtype), key_map)
+            codes = np.zeros((g, -(-part.shape[1] // KEYS) * KEYS, len(bits)), np.uint8)
+            for head in range(g):
+                rounded = _rounded(y[head, :, :used], steps[head], bits[:used])
+                codes[head, : part.shape[1], :used] = rounded
+                y[head, :, :used] -= steps[head] * (rounded - (2.0 ** bits[:used] - 1) / 2)
+            error[:, first : first + SLICE] = np.einsum("gni,gni->gn", y, y)
+            blocks = slice(first // KEYS, first // KEYS + codes.shape[1] // KEYS)
+            coded[:, blocks] = packed(codes.reshape(g, -1, KEYS, len(bits)), self.layout)
+        return coded, error
+
+    def prepare(self, queries: np.ndarray) -> CodedQueries:
+        """Queries (g, m, d) float64 -> their int8 form."""
+        g, m, d = queries.shape
+        bits = self.layout.bits
+        used = min(len(bits), d)
+        z = np.zeros((g, -(-m // QUERIES) * QUERIES, len(bits)))
+        z[:, :m, :used] = np.matmul(queries, self.query_map[..., :used]) * self.steps[:, None, :used]
+        sigma = np.abs(z).max(axis=2) / 127
+        sigma[sigma < SMALLEST] = 1.0
+        a = np.rint(z / sigma[..., None])
+        base = np.einsum("gmd,gd->gm", queries, self.mean) - (sigma * (a @ ((2.0**bits - 1) / 2)))[:, :m]
+        tiles = a.astype(np.int8).reshape(g, -1, QUERIES, len(bits) // BYTES, BYTES)
+        return CodedQueries(tiles, np.ascontiguousarray(sigma[:, :m]), base)
+
+
+def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None) -> Coder:
+    """The coder of a given size, chosen for the smallest squared error of a score.
+
+    Args:
+        keys: (g, n, d), n >= 1; statistics are taken from at most SAMPLE of them, evenly spaced.
+        bytes_per_key: a positive multiple of 4.  Bits go to axes by variance, alike in all heads.
+        queries: (g, m, d) like those to come, from which M is taken; few of them pull it little from the identity.
+            None: all directions count alike.
+    """
+    mean, key_map, query_map, variances = principal_axes(keys, queries)
+    g, _, d = keys.shape
+    layout = best_layout(variances.sum(axis=0), bytes_per_key)
+    used = min(len(layout.bits), d)
+    steps, error = np.zeros((g, len(layout.bits))), variances[:, used:].sum(axis=1)
+    sample = _sample(keys)
+    for head in range(g):
+        y = (sample[head] - mean[head]) @ key_map[head, :, :used]
+        steps[head, :used], lost = _best_steps(y, layout.bits[:used])
+        error[head] += lost
+    return Coder(layout, mean, key_map, query_map, steps, error)
+
+
+def principal_axes(
+    keys: np.ndarray, queries: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mean (g, d), key_map, query_map (g, d, d) and the axes' variances (g, d), falling; arguments as for `fit`."""
+    sample = _sample(keys)
+    g, _, d = sample.shape
+    mean = sample.mean(axis=1)
+    key_map, query_map, variances = np.empty((g, d, d)), np.empty((g, d, d)), np.empty((g, d))
+    for head in range(g):
+        values, vectors = np.linalg.eigh(np.eye(d) if queries is None else _second_moment(queries[head]))
+        spread = (sample[head] - mean[head]) @ (vectors * np.sqrt(values))
+        variance, axes = np.linalg.eigh(spread.T @ spread / len(spread))
+        variances[head] = np.maximum(variance[::-1], 0.0)
+        key_map[head] = (vectors * np.sqrt(values)) @ axes[:, ::-1]
+        query_map[head] = (vectors / np.sqrt(values)) @ axes[:, ::-1]
+    return mean, key_map, query_map, variances
+
+
+def best_layout(variances: np.ndarray, bytes_per_key: int) -> Layout:
+    """Variances (d,) of the axes, falling -> the layout of least expected squared error."""
+    return cheapest_layout(variances, bytes_per_key, DISTORTION, 1.0)
+
+
+def cheapest_layout(weights: np.ndarray, bytes_per_key: int, costs: dict[int, float], dropped: float) -> Layout:
+    """The layout of least cost: the sum over axes of a weight (d,), falling, times the cost of its bits, or of none."""
+    d, words = len(weights), bytes_per_key // BYTES
+    first = np.indices((words + 1,) * 3).reshape(3, -1)
+    first = first[:, first.sum(axis=0) <= words]
+    counts = np.vstack([first, words - first.sum(axis=0)])  # (4, layouts)
+    ends = np.cumsum(counts * (BYTES * 8 // np.array(WIDTHS))[:, None], axis=0)
+    upto = np.concatenate([[0.0], np.cumsum(weights)])[np.minimum(ends, d)]  # (4, layouts)
+    spans = np.diff(upto, axis=0, prepend=0.0)
+    loss = np.array([costs[width] for width in WIDTHS]) @ spans + dropped * (weights.sum() - upto[-1])
+    eights, fours, twos, ones = (int(count) for count in counts[:, np.argmin(loss)])
+    return Layout((eights, fours, twos, ones))
+
+
+def _sample(keys: np.ndarray) -> np.ndarray:
+    """At most SAMPLE of keys (g, n, d), evenly spaced, in float64."""
+    return keys[:, :: -(-keys.shape[1] // SAMPLE)].astype(np.float64)
+
+
+def _second_moment(queries: np.ndarray) -> np.ndarray:
+    """Queries (m, d) -> M (d, d), positive definite: the identity, scaled to its trace, has the share d / (d + m)."""
+    m, d = queries.shape
+    moment = np.matmul(queries.T, queries, dtype=np.float64) / max(m, 1)
+    size = np.trace(moment) / d
+    share = d / (d + m)
+    return (1 - share) * moment / size + share * np.eye(d) if size > 0 else np.eye(d)
+
+
+def _best_steps(y: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, float]:
+    """y (n, axes) -> the best steps (axes,) among STRETCH, and the squared error they leave."""
+    gaussian = y.std(axis=0) * np.array([STEP[int(width)] for width in bits])
+    steps = np.array(STRETCH)[:, None] * gaussian
+    lost = [((y - step * (_rounded(y, step, bits) - (2.0**bits - 1) / 2)) ** 2).mean(axis=0) for step in steps]
+    best = np.argmin(lost, axis=0)
+    return np.take_along_axis(steps, best[None], axis=0)[0], float(np.min(lost, axis=0).sum())
+
+
+def _rounded(y: np.ndarray, steps: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """y (n, axes), steps (axes,) -> codes (n, axes) float64 in 0 .. 2^bits - 1; an axis of step 0 has code 0."""
+    levels = 2.0**bits
+    cells = np.divide(y, steps, out=np.zeros_like(y), where=steps > 0)
+    return np.clip(np.floor(cells) + levels / 2, 0, levels - 1)
+
+
+def packed(codes: np.ndarray, layout: Layout) -> np.ndarray:
+    """codes (g, blocks, 64, axes) uint8 -> (g, blocks, words, 64, 4)."""
+    packed = np.zeros((*codes.shape[:2], sum(layout.words), *codes.shape[2:3], BYTES), np.uint8)
+    word = axis = 0
+    for count, width in zip(layout.words, WIDTHS, strict=True):
+        for _ in range(count):
+            for plane in range(8 // width):
+                packed[:, :, word] |= codes[..., axis : axis + BYTES] << np.uint8(width * plane)
+                axis += BYTES
+            word += 1
+    return packed
