@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from attention.audit_rows import Kept, Prompt, attended, prompt_of
+from attention.engine import is_policy
 from attention.finite_population import upper_mean, upper_mean_of_strata, upper_share
 from attention.policies import Certified, Dense
 from attention.prefill import prefill
@@ -140,8 +141,9 @@ def audit(
         k: (g, n, d) or (B, g, n, d), h a multiple of g.
         v: (g, n, dv) or (B, g, n, dv).
         selection: a `Result` of `decode` or `prefill`, whose output and lse are compared; a policy, which is run on the
-            sampled rows; a `Kept` or a `Report`, attended to as it is, keys that a row cannot see included; None for
-            the policy that `prefill` takes by default.
+            sampled rows, or on all rows if it codes the keys (``bytes_per_key``) and so lets rows bear on each other; a
+            `Kept` or a `Report`, attended to as it is, keys that a row cannot see included; None for the policy that
+            `prefill` takes by default.
         rows: how many rows are drawn in each head, at least 1; all, if there are fewer, and the bounds are then exact.
         confidence: in (0, 1).
         tolerance: in [0, 1), a relative error; the share of rows above it is bounded.
@@ -163,7 +165,7 @@ def audit(
     Source: the bounds of `attention.finite_population`, after Waudby-Smith and Ramdas (JRSS B 2024).
     """
     prompt = prompt_of(q, k, v, causal, weight, scale)
-    if not (selection is None or isinstance(selection, GIVEN) or callable(getattr(selection, "select", None))):
+    if not (selection is None or isinstance(selection, GIVEN) or is_policy(selection)):
         raise ArgumentError(f"selection must be a Result, a Kept, a Report or a policy; got {selection!r}")
     chosen = Certified() if selection is None and isinstance(weight, Softmax) else selection
     delta = 1 - checks.real("confidence", confidence, np.nextafter(0, 1), 1.0)
@@ -178,7 +180,8 @@ def audit(
         return _escalated(look, chosen, delta, _limits(limits))
     if any(limit is not None for limit in limits.values()):
         raise ArgumentError(f"max_dropped, max_error and max_exceeding must be None without escalate; got {limits}")
-    return look.at(chosen, delta)
+    alike = getattr(chosen, "bytes_per_key", None) is None  # codes are fitted to all queries of a call
+    return look.at(chosen, chosen if alike else _answered(chosen, prompt), delta)
 
 
 @dataclass(frozen=True)
@@ -190,12 +193,12 @@ class _Look:
     tolerance: float
     rng: np.random.Generator
 
-    def at(self, selection: Any, delta: float) -> Audit:
-        """Audit on freshly drawn rows, with confidence 1 - delta."""
+    def at(self, selection: Any, given: Any, delta: float) -> Audit:
+        """Audit of a selection, by itself or the result it gave, on freshly drawn rows with confidence 1 - delta."""
         heads, m = self.prompt.limits.shape
         size = min(self.size, m)
         rows = np.array([self.rng.choice(m, size, replace=False) for _ in range(heads)])  # (H, s), in random order
-        output, lse = attended(selection, self.prompt, rows)
+        output, lse = attended(given, self.prompt, rows)
         exact, exact_lse = (
             np.array(x) for x in zip(*(self.prompt.exact(i, rows[i]) for i in range(heads)), strict=True)
         )
@@ -250,7 +253,7 @@ def _escalated(look: _Look, selection: Any, delta: float, limits: Mapping[str, f
     given: Any = None
     for candidate in _ladder(selection, look.prompt):
         given = _answered(candidate, look.prompt)
-        audits.append(dataclasses.replace(look.at(given, delta / 2 ** (len(audits) + 1)), audited=candidate))
+        audits.append(look.at(candidate, given, delta / 2 ** (len(audits) + 1)))
         if _within(audits[-1], limits):
             break
     result = given if isinstance(given, Result) else None

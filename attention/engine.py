@@ -43,7 +43,7 @@ class Plan:
             raise ArgumentError(f"weight must be Softmax() or ReLUPower(alpha, b); got {self.weight!r}")
         if isinstance(self.weight, ReLUPower) and self.policy is not None:
             raise ArgumentError(f"policy must be None for ReLUPower, whose half-space is exact; got {self.policy!r}")
-        if self.policy is not None and not (isinstance(self.policy, Sampled) or hasattr(self.policy, "select")):
+        if self.policy is not None and not is_policy(self.policy):
             raise ArgumentError(f"policy must be Dense(), TopR(r), Certified(eps) or Sampled(eps); got {self.policy!r}")
         if self.scale is not None:
             checks.real("scale", self.scale, np.nextafter(0, 1), np.inf)
@@ -86,6 +86,11 @@ class Plan:
         policy = self.policy or Certified()
         assert not isinstance(policy, Sampled)
         return policy.select(visible)
+
+
+def is_policy(candidate: Any) -> bool:
+    """Whether softmax attention can choose its keys by it."""
+    return isinstance(candidate, Sampled) or hasattr(candidate, "select")
 
 
 def _checked(q: Any, index: HSRIndex) -> np.ndarray:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from attention import Audit, Certified, Dense, Kept, ReLUPower, Result, Softmax, TopR, audit, decode, prefill
+from attention import Audit, Certified, Dense, Kept, ReLUPower, Result, Sampled, Softmax, TopR, audit, decode, prefill
 from attention.finite_population import upper_mean, upper_mean_of_strata, upper_share
 from attention.reference import dense
 from hsr import ArgumentError, HSRIndex
@@ -22,6 +22,7 @@ WEIGHTS = [
     (Softmax(), Dense()),
     (Softmax(), TopR(2)),
     (Softmax(), Certified(0.3, sinks=1, recent=0, spread=0)),
+    (Softmax(), Certified(0.3, bytes_per_key=8)),
     (ReLUPower(2, 0.3), None),
 ]
 QUANTITIES = ("dropped", "error", "exceeding")
@@ -252,6 +253,7 @@ LADDERS = [
     Escalation(Dense(), (Dense(),)),
     Escalation(TopR(20), (TopR(20), TopR(80), Dense())),
     Escalation(TopR(), (TopR(), Dense())),
+    Escalation(Sampled(budget=40), (Sampled(budget=40), Sampled(budget=160), Dense())),
     Escalation(Certified(1e-5), (Certified(1e-5), Certified(2.5e-6), Dense())),
     Escalation(None, (*(Certified(0.01 / 4**i) for i in range(7)), Dense())),
 ]
@@ -311,6 +313,21 @@ def test_what_is_tighter() -> None:
     assert TopR().tighter(1 << 15) == TopR(4 * 4096)
     assert Certified(0.4, sinks=3).tighter(100) == Certified(0.1, sinks=3)
     assert Certified(0.0).tighter(100) is None
+    assert Sampled(eps=0.2).tighter(101) == Sampled(eps=0.1)
+    assert Sampled(eps=0.2).tighter(99) is None
+    assert Sampled(budget=10).tighter(40) is None
+
+
+@pytest.mark.parametrize("policy", [Sampled(budget=30), Certified(0.1, bytes_per_key=8)], ids=repr)
+def test_policies_whose_rows_bear_on_each_other_are_run_on_all(policy: Any) -> None:
+    """Codes are fitted to the queries of a call, and the heads of a group share a list of drawn keys."""
+    problem = gaussian(300, 400, heads=6, groups=2)
+    one, other = (audit(*problem, x, rows=20) for x in (policy, prefill(*problem, policy=policy)))
+    assert np.allclose(one.error.values, other.error.values, atol=1e-9)
+    assert np.allclose(one.dropped.values, other.dropped.values, atol=1e-9)
+    assert one.error.overall_mean > 1e-4
+    assert one.audited == policy
+    assert one.result is None
 
 
 @pytest.mark.parametrize(
