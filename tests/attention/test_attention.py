@@ -30,6 +30,7 @@ POLICIES = [
     TopR(1),
 ]
 WEIGHTS = [(Softmax(), policy) for policy in POLICIES] + [(ReLUPower(1, 0.0), None), (ReLUPower(3, 0.7), None)]
+UNCODED = [pair for pair in WEIGHTS if getattr(pair[1], "bytes_per_key", None) is None]
 
 
 class Problem(NamedTuple):
@@ -349,7 +350,7 @@ def test_values_stay_inside_their_ball_as_they_grow() -> None:
     assert values.array.shape == (2, 128, 3)
 
 
-@pytest.mark.parametrize(("weight", "policy"), WEIGHTS, ids=lambda x: repr(x))
+@pytest.mark.parametrize(("weight", "policy"), UNCODED, ids=lambda x: repr(x))
 @given(case=served_problems, share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
 def test_a_session_that_evicts_answers_as_if_the_tokens_had_never_been(
     weight: Any, policy: Any, case: tuple[str, Problem], share: float, seed: int
@@ -416,3 +417,11 @@ def test_a_refused_eviction_changes_nothing() -> None:
     with pytest.raises(ArgumentError, match=r"ids must lie in 0..9; got 3..10"):
         session.evict([3, 10])
     assert session.alive == 10
+
+
+def test_codes_refuse_an_index_that_lost_keys() -> None:
+    rng = np.random.default_rng(5)
+    session = DecodeSession(*rng.standard_normal((2, 1, 9, 4)), policy=Certified(0.1, bytes_per_key=4))
+    session.evict([2, 3])
+    with pytest.raises(ArgumentError, match="from which nothing was deleted; got one that lost 2 keys"):
+        session.attend(rng.standard_normal((1, 1, 4)))
