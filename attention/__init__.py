@@ -3,6 +3,8 @@
 Letters as in `hsr`; ``B`` is the batch, ``dv`` the width of a value.  ``s_j = scale <q, k_j>``.
 """
 
+from attention.audit import Audit, Estimate, audit
+from attention.audit_rows import Kept
 from attention.decode import decode
 from attention.policies import Certified, Dense, Policy, TopR
 from attention.prefill import prefill
@@ -13,11 +15,14 @@ from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 
 __all__ = [
+    "Audit",
     "Certificate",
     "Certified",
     "Counters",
     "DecodeSession",
     "Dense",
+    "Estimate",
+    "Kept",
     "Policy",
     "ReLUPower",
     "Result",
@@ -25,6 +30,7 @@ __all__ = [
     "Softmax",
     "TopR",
     "Values",
+    "audit",
     "decode",
     "prefill",
 ]

@@ -43,7 +43,7 @@ class Plan:
             raise ArgumentError(f"weight must be Softmax() or ReLUPower(alpha, b); got {self.weight!r}")
         if isinstance(self.weight, ReLUPower) and self.policy is not None:
             raise ArgumentError(f"policy must be None for ReLUPower, whose half-space is exact; got {self.policy!r}")
-        if self.policy is not None and not (isinstance(self.policy, Sampled) or hasattr(self.policy, "select")):
+        if self.policy is not None and not is_policy(self.policy):
             raise ArgumentError(f"policy must be Dense(), TopR(r), Certified(eps) or Sampled(eps); got {self.policy!r}")
         if self.scale is not None:
             checks.real("scale", self.scale, np.nextafter(0, 1), np.inf)
@@ -88,6 +88,11 @@ class Plan:
         return policy.select(visible)
 
 
+def is_policy(candidate: Any) -> bool:
+    """Whether softmax attention can choose its keys by it."""
+    return isinstance(candidate, Sampled) or hasattr(candidate, "select")
+
+
 def _checked(q: Any, index: HSRIndex) -> np.ndarray:
     """q (h, m, d) as numpy, if it fits the index."""
     queries = checks.floats("q", q, (3,))
@@ -105,3 +110,14 @@ def fold(name: str, array: Any) -> Any:
     if len(shape) not in (3, 4):
         raise ArgumentError(f"{name} must be (heads, rows, width) or (B, heads, rows, width); got shape {shape}")
     return array.reshape(math.prod(shape[:-2]), *shape[-2:])
+
+
+def prompt_limits(q: Any, k: Any, causal: bool) -> np.ndarray:
+    """q (..., h, m, d), k (..., g, n, d) -> keys that each row sees, (h, m) int64, the batch folded into the heads."""
+    m, n = q.shape[-2], k.shape[-2]
+    if len(q.shape) != len(k.shape) or (len(q.shape) == 4 and q.shape[0] != k.shape[0]):
+        raise ArgumentError(f"q must have the batch of k, {tuple(k.shape)}; got {tuple(q.shape)}")
+    if causal and m > n:
+        raise ArgumentError(f"q must have at most {n} rows, one per key, when causal; got {m}")
+    seen = np.arange(n - m, n) + 1 if causal else np.full(m, n)
+    return np.broadcast_to(seen, (math.prod(q.shape[:-2]), m)).astype(np.int64)

@@ -6,6 +6,7 @@ logarithm of the dropped weight.  ReLU attention needs none: its half-space is e
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +67,10 @@ class Dense:
         report = visible.index.query(visible.q, -math.inf, prefix=visible.limits)
         return Selection(report, np.full(visible.limits.shape, -np.inf), "exact")
 
+    def tighter(self, n: int) -> Policy | None:
+        """Nothing is."""
+        return None
+
 
 @dataclass(frozen=True)
 class TopR:
@@ -97,6 +102,11 @@ class TopR:
         last = np.maximum(report.offsets[1:] - 1, 0).reshape(limits.shape)
         smallest = report.scores[last] if report.scores.size else np.zeros(limits.shape)
         return Selection(report, _log_tail(visible, report, visible.scale * smallest), "deterministic")
+
+    def tighter(self, n: int) -> Policy | None:
+        """Four times as many of n keys; None where that is all of them."""
+        r = 4 * (math.ceil(n**0.8 - 1e-9) if self.r is None else self.r)
+        return TopR(r) if r < n else None
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,10 @@ class Certified:
             threshold = floor - visible.score_error() + np.log(self.eps / np.maximum(living, 1))
         report = visible.index.query(visible.q, threshold / scale, prefix=visible.limits)
         return Selection(report, _log_tail(visible, report, threshold), "deterministic")
+
+    def tighter(self, n: int) -> Policy | None:
+        """A quarter of eps; None below 1e-6, where little is left to drop."""
+        return dataclasses.replace(self, eps=self.eps / 4) if self.eps > 4e-6 else None
 
 
 def _log_tail(visible: Visible, report: Report, highest: np.ndarray) -> np.ndarray:

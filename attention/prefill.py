@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from attention.engine import Plan, fold
+from attention.engine import Plan, fold, prompt_limits
 from attention.policies import Policy
 from attention.result import Result, joined
 from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
-from hsr.errors import ArgumentError
 
 PAIRS = 1 << 24  # (row, key) pairs attended at a time, over all heads: bounds the memory of a report
 
@@ -49,16 +46,10 @@ def prefill(
     """
     plan = Plan(weight, policy, scale)
     queries, keys, values = fold("q", q), fold("k", k), fold("v", v)
-    heads, m = queries.shape[:2]
-    n = keys.shape[1]
-    if len(q.shape) != len(k.shape) or (len(q.shape) == 4 and q.shape[0] != k.shape[0]):
-        raise ArgumentError(f"q must have the batch of k, {tuple(k.shape)}; got {tuple(q.shape)}")
-    if causal and m > n:
-        raise ArgumentError(f"q must have at most {n} rows, one per key, when causal; got {m}")
+    limits = prompt_limits(q, k, causal)
     index, kept = HSRIndex(keys, method), Values(values)
-    seen = np.arange(n - m, n) + 1 if causal else np.full(m, n)
-    limits = np.broadcast_to(seen, (heads, m)).astype(np.int64)
-    step = max(1, PAIRS // (heads * n))
+    heads, m = limits.shape
+    step = max(1, PAIRS // (heads * index.n))
     blocks = [slice(first, first + step) for first in range(0, max(m, 1), step)]
     return joined([plan.attend(queries[:, rows], index, kept, limits[:, rows]) for rows in blocks]).shaped(
         q.shape[:-1], q

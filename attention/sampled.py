@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -81,6 +82,13 @@ class Sampled:
         if self.draw not in DRAWS:
             raise ArgumentError(f"draw must be one of {', '.join(DRAWS)}; got {self.draw!r}")
         checks.real("confidence", self.confidence, np.nextafter(0, 1), 1.0)
+
+    def tighter(self, n: int) -> Sampled | None:
+        """Four times the draws of n keys, half of eps; None where that is about all of them."""
+        if self.eps is not None:
+            return dataclasses.replace(self, eps=self.eps / 2) if 4 / self.eps**2 < n else None
+        assert self.budget is not None
+        return dataclasses.replace(self, budget=4 * self.budget) if 4 * self.budget < n else None
 
     def attend(self, visible: Visible, values: Values) -> Result:
         """Sample and attend: Result (h, m), output float64."""
