@@ -373,7 +373,7 @@ def test_a_session_that_evicts_answers_as_if_the_tokens_had_never_been(
         assert (result.counters.reported == np.ceil(session.alive**0.8 - 1e-9)).all()
 
 
-@pytest.mark.parametrize(("weight", "policy"), WEIGHTS, ids=lambda x: repr(x))
+@pytest.mark.parametrize(("weight", "policy"), UNCODED, ids=lambda x: repr(x))
 def test_a_cache_without_tokens_gives_empty_rows_until_one_comes(weight: Any, policy: Any) -> None:
     session = DecodeSession(normal((2, 10, 4)), normal((2, 10, 3)), weight=weight, policy=policy)
     session.evict(range(10))
