@@ -9,7 +9,7 @@ from numba import njit, prange
 
 from hsr.exact import reaches, score, widest_band
 from hsr.report import Hits
-from hsr.rows import packed, scratch
+from hsr.rows import gathered, scratch
 
 
 @njit(parallel=True, cache=True)
@@ -44,7 +44,7 @@ class Brute:
         widest = widest_band(queries, self.largest)
         _report(keys, queries, thresholds, widest, limits, wide_indices, wide_scores, counts)
         starts = np.arange(m) * wide_indices.shape[1]
-        hits = packed(counts[:, None], starts, wide_indices.ravel(), wide_scores.ravel())
+        hits = gathered(counts[None], starts[None], wide_indices.ravel(), wide_scores.ravel(), collect)
         return Hits(*hits, limits.copy(), np.zeros(m, np.int64))
 
 

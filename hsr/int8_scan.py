@@ -1,9 +1,10 @@
-"""The inner loop of the sketch: four int8 queries against a block of 64 uint8 keys, as bit masks of hits.
+"""The inner loop of sketch and tree: int8 queries against blocks of 64 uint8 keys, as bit masks of hits.
 
 Codes lie as (groups, 64, 4): for each group of four axes, four bytes of each of the block's 64 keys.  One load of 64
 bytes then holds four axes of 16 keys, which is what ``vpdpbusd`` (AVX512-VNNI) multiplies and adds in one instruction.
-numba cannot name that instruction, so `vnni_block` spells the loop in LLVM IR; `plain_block` is the same loop in Python
-and serves every other CPU.  Sums are exact: at most 255 * 127 * d, within int32 for d up to 66,000.
+numba cannot name that instruction, so `vnni_run` spells the loop in LLVM IR; `plain_run` is the same loop in Python and
+serves every other CPU.  Both go over a run of blocks a call: passing an array counts references, which takes as long as
+half a block.  Sums are exact: at most 255 * 127 * d, within int32 for d up to 66,000.
 """
 
 from __future__ import annotations
@@ -46,10 +47,14 @@ def plain_mask(codes, block, query, least):
 
 
 @njit(cache=True)
-def plain_block(codes, block, queries, tile, least, masks):
-    """`plain_mask` of a tile of queries: queries (tiles, 4, groups, 4) int8, least (4,) int32 -> masks (4,) uint64."""
-    for i in range(QUERIES):
-        masks[i] = plain_mask(codes, block, queries[tile, i], least[i])
+def plain_run(codes, first, queries, tile, least, masks):
+    """`plain_mask` of a tile of queries and a run of blocks from ``first`` on.
+
+    queries (tiles, w, groups, 4) int8, w being 1 or QUERIES, least (run, w) int32 -> masks (run, w) uint64.
+    """
+    for j in range(len(least)):
+        for i in range(queries.shape[1]):
+            masks[j, i] = plain_mask(codes, first + j, queries[tile, i], least[j, i])
 
 
 def _emit_masks(builder, p_codes, p_queries, groups, bounds):
@@ -156,16 +161,20 @@ def vnni_mask(codes, block, query, least):
 
 
 @njit(cache=True)
-def vnni_block(codes, block, queries, tile, least, masks):
-    """See `plain_block`; the arrays must be C-contiguous."""
-    groups = codes.shape[1]
-    _vnni(
-        np.uintp(codes.ctypes.data + block * (groups * KEYS * AXES)),
-        np.uintp(queries.ctypes.data + tile * (groups * QUERIES * AXES)),
-        np.uintp(groups),
-        np.uintp(least.ctypes.data),
-        np.uintp(masks.ctypes.data),
-    )
+def vnni_run(codes, first, queries, tile, least, masks):
+    """See `plain_run`; the arrays must be C-contiguous."""
+    groups, width = codes.shape[1], queries.shape[1]
+    size = np.uintp(groups * KEYS * AXES)
+    p_codes = np.uintp(codes.ctypes.data) + np.uintp(first) * size
+    p_query = np.uintp(queries.ctypes.data) + np.uintp(tile * width * groups * AXES)
+    p_least, p_masks = np.uintp(least.ctypes.data), np.uintp(masks.ctypes.data)
+    if width == 1:
+        for j in range(len(least)):
+            masks[j, 0] = _vnni_one(p_codes + np.uintp(j) * size, p_query, np.uintp(groups), least[j, 0])
+        return
+    for j in range(len(least)):
+        p_bounds, p_found = p_least + np.uintp(j * (4 * QUERIES)), p_masks + np.uintp(j * (8 * QUERIES))
+        _vnni(p_codes + np.uintp(j) * size, p_query, np.uintp(groups), p_bounds, p_found)
 
 
 @njit(cache=True)
@@ -178,5 +187,5 @@ def popcount(mask):
 
 
 HAS_VNNI = bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni")) and not numba.config.DISABLE_JIT
-scan_block = vnni_block if HAS_VNNI else plain_block
+scan_run = vnni_run if HAS_VNNI else plain_run
 scan_one = vnni_mask if HAS_VNNI else plain_mask
