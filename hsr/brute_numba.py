@@ -44,8 +44,9 @@ class Brute:
         widest = widest_band(queries, self.largest)
         _report(keys, queries, thresholds, widest, limits, wide_indices, wide_scores, counts)
         starts = np.arange(m) * wide_indices.shape[1]
-        hits = gathered(counts[None], starts[None], wide_indices.ravel(), wide_scores.ravel(), collect)
-        return Hits(*hits, limits.copy(), np.zeros(m, np.int64))
+        flat = wide_indices.ravel(), wide_scores.ravel()
+        offsets, indices, scores = gathered(counts[None], starts[None], *flat, collect)
+        return Hits(offsets, indices, scores, limits.copy(), np.zeros(m, np.int64))
 
 
 def build(keys: np.ndarray) -> Brute:

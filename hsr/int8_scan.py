@@ -50,11 +50,11 @@ def plain_mask(codes, block, query, least):
 def plain_run(codes, first, queries, tile, least, masks):
     """`plain_mask` of a tile of queries and a run of blocks from ``first`` on.
 
-    queries (tiles, w, groups, 4) int8, w being 1 or QUERIES, least (run, w) int32 -> masks (run, w) uint64.
+    queries (tiles, w, groups, 4) int8, w being 1 or QUERIES, least (w, run) int32 -> masks (w, run) uint64.
     """
-    for j in range(len(least)):
-        for i in range(queries.shape[1]):
-            masks[j, i] = plain_mask(codes, first + j, queries[tile, i], least[j, i])
+    for i in range(queries.shape[1]):
+        for j in range(least.shape[1]):
+            masks[i, j] = plain_mask(codes, first + j, queries[tile, i], least[i, j])
 
 
 def _emit_masks(builder, p_codes, p_queries, groups, bounds):
@@ -112,18 +112,21 @@ def _emit_masks(builder, p_codes, p_queries, groups, bounds):
 
 
 @intrinsic
-def _vnni(typing_context, codes, queries, groups, least, masks):
-    """Addresses of one block's codes, one tile's queries, four int32 and four uint64; groups counts groups of axes."""
+def _vnni(typing_context, codes, queries, groups, least, masks, stride):
+    """Addresses of one block's codes, one tile's queries, an int32 and a uint64, the next query's lying stride further.
+
+    groups counts groups of axes, stride entries.
+    """
     address = types.uintp
-    if (codes, queries, groups, least, masks) != (address,) * 5:
+    if (codes, queries, groups, least, masks, stride) != (address,) * 6:
         return None
 
     def codegen(context, builder, signature, arguments):
-        p_codes, p_queries, n_groups, p_least, p_masks = arguments
+        p_codes, p_queries, n_groups, p_least, p_masks, n_stride = arguments
         i32, i64 = ir.IntType(32), ir.IntType(64)
 
         def place(base, i, kind):
-            offset = ir.Constant(i64, kind.width // 8 * i)
+            offset = builder.mul(n_stride, ir.Constant(i64, kind.width // 8 * i))
             return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
 
         bounds = [builder.load(place(p_least, i, i32)) for i in range(QUERIES)]
@@ -131,7 +134,7 @@ def _vnni(typing_context, codes, queries, groups, least, masks):
             builder.store(mask, place(p_masks, i, i64))
         return context.get_dummy_value()
 
-    return types.void(codes, queries, groups, least, masks), codegen
+    return types.void(codes, queries, groups, least, masks, stride), codegen
 
 
 @intrinsic
@@ -163,18 +166,18 @@ def vnni_mask(codes, block, query, least):
 @njit(cache=True)
 def vnni_run(codes, first, queries, tile, least, masks):
     """See `plain_run`; the arrays must be C-contiguous."""
-    groups, width = codes.shape[1], queries.shape[1]
-    size = np.uintp(groups * KEYS * AXES)
+    groups, width, run = codes.shape[1], queries.shape[1], least.shape[1]
+    size, stride = np.uintp(groups * KEYS * AXES), np.uintp(run)
     p_codes = np.uintp(codes.ctypes.data) + np.uintp(first) * size
     p_query = np.uintp(queries.ctypes.data) + np.uintp(tile * width * groups * AXES)
     p_least, p_masks = np.uintp(least.ctypes.data), np.uintp(masks.ctypes.data)
     if width == 1:
-        for j in range(len(least)):
-            masks[j, 0] = _vnni_one(p_codes + np.uintp(j) * size, p_query, np.uintp(groups), least[j, 0])
+        for j in range(run):
+            masks[0, j] = _vnni_one(p_codes + np.uintp(j) * size, p_query, np.uintp(groups), least[0, j])
         return
-    for j in range(len(least)):
-        p_bounds, p_found = p_least + np.uintp(j * (4 * QUERIES)), p_masks + np.uintp(j * (8 * QUERIES))
-        _vnni(p_codes + np.uintp(j) * size, p_query, np.uintp(groups), p_bounds, p_found)
+    for j in range(run):
+        bounds, found = p_least + np.uintp(4 * j), p_masks + np.uintp(8 * j)
+        _vnni(p_codes + np.uintp(j) * size, p_query, np.uintp(groups), bounds, found, stride)
 
 
 @njit(cache=True)

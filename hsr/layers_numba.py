@@ -369,7 +369,8 @@ class Layers:
         found = work[:, 0].copy()
         starts = head + np.arange(m) * width
         starts[:done] = np.cumsum(found[:done]) - found[:done]
-        return Hits(*gathered(found[None], starts[None], indices, scores, collect), work[:, 1].copy(), work[:, 2].copy())
+        offsets, indices, scores = gathered(found[None], starts[None], indices, scores, collect)
+        return Hits(offsets, indices, scores, work[:, 1].copy(), work[:, 2].copy())
 
 
 def refuses(**call: object) -> str | None:

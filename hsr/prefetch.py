@@ -33,6 +33,6 @@ def prefetch_bytes(address, width):
 
 @njit(cache=True)
 def prefetch_row(rows, i):
-    """`prefetch_bytes` of row i of rows (n, d), C-contiguous; in a loop over rows, the address is found once instead."""
+    """`prefetch_bytes` of row i of rows (n, d), C-contiguous; where it counts, the address is found once instead."""
     width = rows.shape[1] * rows.itemsize
     prefetch_bytes(np.uintp(rows.ctypes.data) + np.uintp(i * width), width)

@@ -119,24 +119,27 @@ def _quantise_all(model, asks, key_exponent, codes, terms):
 
 @njit(cache=True)
 def _bound(terms, residual, norm, first, least):
-    """terms (3, w) of a tile -> least (run, w) int32: the least sum that lets a key of each block pass."""
-    for b in range(len(least)):
-        for i in range(least.shape[1]):
-            needed = terms[0, i] - terms[1, i] * residual[first + b] - terms[2, i] * norm[first + b]
-            least[b, i] = np.int32(min(max(np.floor(needed), -FAR), FAR))
+    """terms (3, w) of a tile -> least (w, run) int32: the least sum that lets a key of each block pass."""
+    for i in range(len(least)):
+        base, loose, rounded = terms[0, i], terms[1, i], terms[2, i]
+        for b in range(least.shape[1]):
+            block = np.uint64(first + b)
+            needed = np.floor(base - loose * residual[block] - rounded * norm[block])
+            least[i, b] = np.int32(min(max(needed, -FAR), FAR))
 
 
 @njit(cache=True)
 def _list(masks, i, first, limit, blocks, listed):
     """List the blocks of a run that have hits of query i, and their masks -> how many hits.
 
-    masks (run, w) uint64, blocks (run,) int32, listed (run,) uint64; only keys below limit count.
+    masks (w, run) uint64, blocks (run,) int32, listed (run,) uint64; only keys below limit count.
     """
-    size = passed = 0
-    for b in range(len(masks)):
-        mask, visible = masks[b, i], limit - (first + b) * KEYS
-        if visible < KEYS:
-            mask &= (np.uint64(1) << np.uint64(max(visible, 0))) - np.uint64(1)
+    size, passed, run = 0, 0, masks.shape[1]
+    for b in range(max(limit // KEYS - first, 0), run):  # few, unless limits differ
+        visible = max(limit - (first + b) * KEYS, 0)
+        masks[i, b] &= (np.uint64(1) << np.uint64(visible)) - np.uint64(1)
+    for b in range(run):
+        mask = masks[i, b]
         blocks[size], listed[size] = first + b, mask  # the next block overwrites all but a hit
         size += mask != 0
         passed += popcount(mask)
@@ -150,7 +153,7 @@ def _scan(coded, limits, tiles, terms, run, blocks, listed, passed):
     width = tiles.shape[1]
     for chunk in prange(len(passed)):
         first, last = chunk * run, min((chunk + 1) * run, len(codes))
-        least, masks = np.empty((last - first, width), np.int32), np.empty((last - first, width), np.uint64)
+        least, masks = np.empty((width, last - first), np.int32), np.empty((width, last - first), np.uint64)
         for tile in range(len(tiles)):
             _bound(terms[tile], residual, norm, first, least)
             scan_run(codes, first, tiles, tile, least, masks)
@@ -181,9 +184,7 @@ def _refine(keys, asks, largest, run, blocks, listed, starts, kept, totals, foun
         score_lists(queries, keys, kept, bounds, totals)
         for i in range(len(queries)):
             widest = widest_of(queries[i], largest)
-            found[chunk, i] = settle(
-                queries[i], keys, thresholds[i], widest, bounds[i], bounds[i + 1], kept, totals
-            )
+            found[chunk, i] = settle(queries[i], keys, thresholds[i], widest, bounds[i], bounds[i + 1], kept, totals)
 
 
 @njit(cache=True)
