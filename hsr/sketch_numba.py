@@ -35,7 +35,7 @@ from hsr.scaling import exponent, unit_into
 OFFSET = 128  # codes are stored unsigned, as code + OFFSET
 LEVELS = 127  # codes and quantised queries lie in -127..127
 OUTLIER = 8.0  # robust standard deviations an axis covers; keys beyond are clipped and carry a larger residual
-CHUNK_BYTES = 1 << 18  # codes that one task reads over and over, once per tile of queries: it stays in the L2 cache
+CHUNK_BYTES = 1 << 19  # codes that one task reads over and over, once per tile of queries: it stays in the L2 cache
 FAR = 1 << 30  # beyond any sum of products of codes
 
 

@@ -104,7 +104,7 @@ def test_adversarial_queries_meet_the_bound() -> None:
 def test_every_tile_and_limit_is_complete(m: int, dtype: type) -> None:
     """A lone query, tiles that are not full, several chunks, and limits within and between blocks."""
     rng = np.random.default_rng(5)
-    n, d = 9001, 130  # chunks of 31 blocks, the last one short; groups that are not full
+    n, d = 9001, 130  # chunks of 62 blocks, the last one short; groups that are not full
     keys = rng.standard_normal((n, d)).astype(dtype)
     structure = build(keys)
     queries = rng.standard_normal((m, d))
