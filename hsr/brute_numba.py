@@ -9,7 +9,7 @@ from numba import njit, prange
 
 from hsr.exact import reaches, score, widest_band
 from hsr.report import Hits
-from hsr.rows import packed, scratch
+from hsr.rows import gathered, scratch
 
 
 @njit(parallel=True, cache=True)
@@ -44,8 +44,9 @@ class Brute:
         widest = widest_band(queries, self.largest)
         _report(keys, queries, thresholds, widest, limits, wide_indices, wide_scores, counts)
         starts = np.arange(m) * wide_indices.shape[1]
-        hits = packed(counts[:, None], starts, wide_indices.ravel(), wide_scores.ravel())
-        return Hits(*hits, limits.copy(), np.zeros(m, np.int64))
+        flat = wide_indices.ravel(), wide_scores.ravel()
+        offsets, indices, scores = gathered(counts[None], starts[None], *flat, collect)
+        return Hits(offsets, indices, scores, limits.copy(), np.zeros(m, np.int64))
 
 
 def build(keys: np.ndarray) -> Brute:

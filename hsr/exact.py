@@ -11,6 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from hsr.prefetch import prefetch_bytes
+
+AHEAD = 16  # rows asked for before they are scored
 BAND = 2.3e-16  # a little over 2 u, per addition and product
 UNDERFLOW = 1e-323  # two roundings to a subnormal, per dimension
 
@@ -43,6 +46,40 @@ def reaches(query, keys, j, total, threshold, widest):
     if (total < threshold) & (total + widest >= threshold):
         inside = total + band(query, keys, j) >= threshold
     return inside
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
+def score_lists(queries, keys, kept, bounds, totals):
+    """totals[c] = `score` of query i and key kept[c], for c in bounds[i]..bounds[i + 1] of each query i in turn.
+
+    queries (m, d) float64, kept (w,) int32, bounds (m + 1,) int64, totals (w,) float64.  Rows are asked for ahead.  The
+    loops are all in here because a call with array arguments counts references, which takes longer than a product.
+    """
+    d, width, first = keys.shape[1], keys.shape[1] * keys.itemsize, np.uintp(keys.ctypes.data)
+    start, stop = bounds[0], bounds[-1]
+    for c in range(start, min(start + AHEAD, stop)):
+        prefetch_bytes(first + np.uintp(kept[c]) * np.uintp(width), width)
+    for i in range(len(queries)):
+        for c in range(bounds[i], bounds[i + 1]):
+            prefetch_bytes(first + np.uintp(kept[min(c + AHEAD, stop - 1)]) * np.uintp(width), width)
+            place, total = np.uint64(kept[c]), 0.0  # unsigned indices spare their tests
+            for r in range(d):
+                total += queries[i, r] * np.float64(keys[place, np.uint64(r)])
+            totals[c] = total
+
+
+@njit(cache=True)
+def settle(query, keys, threshold, widest, start, stop, kept, totals):
+    """Move those of kept[start:stop] that `reaches` by its totals to the front, with their totals -> how many."""
+    found = start
+    for c in range(start, stop):
+        place, total = kept[c], totals[c]
+        kept[found], totals[found] = place, total  # the next key overwrites all but a member
+        inside = total >= threshold
+        if inside != (total + widest >= threshold):  # `reaches`: calling it would count references
+            inside = total + band(query, keys, place) >= threshold
+        found += inside
+    return found - start
 
 
 @njit(cache=True)

@@ -1,9 +1,10 @@
-"""The inner loop of the sketch: four int8 queries against a block of 64 uint8 keys, as bit masks of hits.
+"""The inner loop of sketch and tree: int8 queries against blocks of 64 uint8 keys, as bit masks of hits.
 
 Codes lie as (groups, 64, 4): for each group of four axes, four bytes of each of the block's 64 keys.  One load of 64
 bytes then holds four axes of 16 keys, which is what ``vpdpbusd`` (AVX512-VNNI) multiplies and adds in one instruction.
-numba cannot name that instruction, so `vnni_block` spells the loop in LLVM IR; `plain_block` is the same loop in Python
-and serves every other CPU.  Sums are exact: at most 255 * 127 * d, within int32 for d up to 66,000.
+numba cannot name that instruction, so `vnni_run` spells the loop in LLVM IR; `plain_run` is the same loop in Python and
+serves every other CPU.  Both go over a run of blocks a call: passing an array counts references, which takes as long as
+half a block.  Sums are exact: at most 255 * 127 * d, within int32 for d up to 66,000.
 """
 
 from __future__ import annotations
@@ -46,10 +47,14 @@ def plain_mask(codes, block, query, least):
 
 
 @njit(cache=True)
-def plain_block(codes, block, queries, tile, least, masks):
-    """`plain_mask` of a tile of queries: queries (tiles, 4, groups, 4) int8, least (4,) int32 -> masks (4,) uint64."""
-    for i in range(QUERIES):
-        masks[i] = plain_mask(codes, block, queries[tile, i], least[i])
+def plain_run(codes, first, queries, tile, least, masks):
+    """`plain_mask` of a tile of queries and a run of blocks from ``first`` on.
+
+    queries (tiles, w, groups, 4) int8, w being 1 or QUERIES, least (w, run) int32 -> masks (w, run) uint64.
+    """
+    for i in range(queries.shape[1]):
+        for j in range(least.shape[1]):
+            masks[i, j] = plain_mask(codes, first + j, queries[tile, i], least[i, j])
 
 
 def _emit_masks(builder, p_codes, p_queries, groups, bounds):
@@ -107,18 +112,21 @@ def _emit_masks(builder, p_codes, p_queries, groups, bounds):
 
 
 @intrinsic
-def _vnni(typing_context, codes, queries, groups, least, masks):
-    """Addresses of one block's codes, one tile's queries, four int32 and four uint64; groups counts groups of axes."""
+def _vnni(typing_context, codes, queries, groups, least, masks, stride):
+    """Addresses of one block's codes, one tile's queries, an int32 and a uint64, the next query's lying stride further.
+
+    groups counts groups of axes, stride entries.
+    """
     address = types.uintp
-    if (codes, queries, groups, least, masks) != (address,) * 5:
+    if (codes, queries, groups, least, masks, stride) != (address,) * 6:
         return None
 
     def codegen(context, builder, signature, arguments):
-        p_codes, p_queries, n_groups, p_least, p_masks = arguments
+        p_codes, p_queries, n_groups, p_least, p_masks, n_stride = arguments
         i32, i64 = ir.IntType(32), ir.IntType(64)
 
         def place(base, i, kind):
-            offset = ir.Constant(i64, kind.width // 8 * i)
+            offset = builder.mul(n_stride, ir.Constant(i64, kind.width // 8 * i))
             return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
 
         bounds = [builder.load(place(p_least, i, i32)) for i in range(QUERIES)]
@@ -126,7 +134,7 @@ def _vnni(typing_context, codes, queries, groups, least, masks):
             builder.store(mask, place(p_masks, i, i64))
         return context.get_dummy_value()
 
-    return types.void(codes, queries, groups, least, masks), codegen
+    return types.void(codes, queries, groups, least, masks, stride), codegen
 
 
 @intrinsic
@@ -156,16 +164,20 @@ def vnni_mask(codes, block, query, least):
 
 
 @njit(cache=True)
-def vnni_block(codes, block, queries, tile, least, masks):
-    """See `plain_block`; the arrays must be C-contiguous."""
-    groups = codes.shape[1]
-    _vnni(
-        np.uintp(codes.ctypes.data + block * (groups * KEYS * AXES)),
-        np.uintp(queries.ctypes.data + tile * (groups * QUERIES * AXES)),
-        np.uintp(groups),
-        np.uintp(least.ctypes.data),
-        np.uintp(masks.ctypes.data),
-    )
+def vnni_run(codes, first, queries, tile, least, masks):
+    """See `plain_run`; the arrays must be C-contiguous."""
+    groups, width, run = codes.shape[1], queries.shape[1], least.shape[1]
+    size, stride = np.uintp(groups * KEYS * AXES), np.uintp(run)
+    p_codes = np.uintp(codes.ctypes.data) + np.uintp(first) * size
+    p_query = np.uintp(queries.ctypes.data) + np.uintp(tile * width * groups * AXES)
+    p_least, p_masks = np.uintp(least.ctypes.data), np.uintp(masks.ctypes.data)
+    if width == 1:
+        for j in range(run):
+            masks[0, j] = _vnni_one(p_codes + np.uintp(j) * size, p_query, np.uintp(groups), least[0, j])
+        return
+    for j in range(run):
+        bounds, found = p_least + np.uintp(4 * j), p_masks + np.uintp(8 * j)
+        _vnni(p_codes + np.uintp(j) * size, p_query, np.uintp(groups), bounds, found, stride)
 
 
 @njit(cache=True)
@@ -178,5 +190,5 @@ def popcount(mask):
 
 
 HAS_VNNI = bool(llvmlite.binding.get_host_cpu_features().get("avx512vnni")) and not numba.config.DISABLE_JIT
-scan_block = vnni_block if HAS_VNNI else plain_block
+scan_run = vnni_run if HAS_VNNI else plain_run
 scan_one = vnni_mask if HAS_VNNI else plain_mask

@@ -36,7 +36,7 @@ from numba import njit, prange
 
 from hsr.exact import UNDERFLOW, reaches, score, widest_band
 from hsr.report import Hits
-from hsr.rows import packed, scratch
+from hsr.rows import gathered, scratch
 from hsr.scaling import exponent, unit
 
 BITS = 52  # grid points per unit are 2**BITS: differences fit the 53 bits of a float64
@@ -366,10 +366,11 @@ class Layers:
             rest = (array[done:] for array in single)
             wide = (flat[head:].reshape(m, width)[done:] for flat in (indices, scores))
             _report_many(*shared, *rest, *wide)
-        found = work[:, :1]
+        found = work[:, 0].copy()
         starts = head + np.arange(m) * width
-        starts[:done] = np.cumsum(found[:done]) - found[:done, 0]
-        return Hits(*packed(found, starts, indices, scores), work[:, 1].copy(), work[:, 2].copy())
+        starts[:done] = np.cumsum(found[:done]) - found[:done]
+        offsets, indices, scores = gathered(found[None], starts[None], indices, scores, collect)
+        return Hits(offsets, indices, scores, work[:, 1].copy(), work[:, 2].copy())
 
 
 def refuses(**call: object) -> str | None:

@@ -28,44 +28,25 @@ def scratch(rows, width):
 
 
 @njit(cache=True)  # on one thread: waking the others takes longer than most copies
-def _pack(found, starts, offsets, wide_indices, wide_scores, indices, scores):
-    m, parts = found.shape
-    for i in range(m):
-        target = offsets[i]
-        for part in range(parts):
-            source, size = starts[i * parts + part], found[i, part]
-            indices[target : target + size] = wide_indices[source : source + size]
-            scores[target : target + size] = wide_scores[source : source + size]
-            target += size
+def gathered(found, starts, wide_indices, wide_scores, collect):
+    """Scratch with gaps -> offsets (m + 1,), indices, scores; the latter are empty where hits were only counted.
 
-
-@njit(cache=True)
-def gathered(found, width, wide_indices, wide_scores):
-    """`packed` for compiled callers: hits of part p of query i start at (i * parts + p) * width."""
-    m, parts = found.shape
+    Query i left found[p, i] hits of its part p (found is (parts, m)) in the flat scratch from starts[p, i] on.
+    """
+    parts, m = found.shape
     offsets = np.zeros(m + 1, np.int64)
     for i in range(m):
-        offsets[i + 1] = offsets[i] + found[i].sum()
-    size = offsets[m] if width > 0 else 0
+        offsets[i + 1] = offsets[i] + found[:, i].sum()
+    size = offsets[m] if collect else 0
     indices, scores = np.empty(size, np.int32), np.empty(size, np.float64)
-    if size > 0:
-        _pack(found, np.arange(m * parts) * width, offsets, wide_indices, wide_scores, indices, scores)
-    return offsets, indices, scores
-
-
-def packed(
-    found: np.ndarray, starts: np.ndarray, wide_indices: np.ndarray, wide_scores: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scratch with gaps -> offsets (m + 1,), indices, scores.
-
-    Query i left found[i, p] hits of its part p (found is (m, parts)) in the flat scratch from starts[i * parts + p] on.
-    Scratch of length 0 means that hits were only counted.
-    """
-    offsets = offsets_of(found.sum(axis=1))
-    size = int(offsets[-1]) if len(wide_indices) else 0
-    indices, scores = np.empty(size, np.int32), np.empty(size, np.float64)
-    if size:
-        _pack(found, starts, offsets, wide_indices, wide_scores, indices, scores)
+    targets = offsets.copy()
+    for p in range(parts if collect else 0):
+        for i in range(m):
+            source, target = np.uint64(starts[p, i]), np.uint64(targets[i])
+            for j in range(np.uint64(found[p, i])):  # spelled out: slices would count references, parts may be short
+                indices[target + j] = wide_indices[source + j]
+                scores[target + j] = wide_scores[source + j]
+            targets[i] += found[p, i]
     return offsets, indices, scores
 
 

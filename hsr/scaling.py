@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba import njit
+
+from hsr.exact import UNDERFLOW
 
 HEADROOM = 1000  # products and sums stay below 2**HEADROOM
 SMALLEST = 2.0**-1074  # the smallest positive float64
@@ -25,6 +28,21 @@ def unit(queries: np.ndarray, thresholds: np.ndarray, key_exponent: int) -> tupl
     shift = exponent(queries, axis=1)
     with np.errstate(over="ignore"):  # a threshold beyond float64 is beyond every score
         return np.ldexp(queries, -shift[:, None]), np.ldexp(thresholds, -(shift + key_exponent))
+
+
+@njit(cache=True)
+def unit_into(query, threshold, key_exponent, unit_query):
+    """`unit` of one query: fill unit_query (d,) float64 -> the threshold, lowered and kept finite."""
+    d, largest = len(query), 0.0
+    for i in range(d):
+        largest = max(largest, abs(query[i]))
+    shift = math.frexp(largest)[1]
+    half = shift // 2
+    once, again = math.ldexp(1.0, -half), math.ldexp(1.0, half - shift)  # 2**-shift alone may overflow
+    for i in range(d):
+        unit_query[i] = query[i] * once * again
+    lowered = math.ldexp(threshold - (d + 1) * UNDERFLOW, -(shift + key_exponent))  # float64 may score 0 below 0
+    return min(max(lowered, -2.0 * d - 2.0), 2.0 * d + 2.0)  # no unit score exceeds d in magnitude
 
 
 def without_overflow(

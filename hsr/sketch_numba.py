@@ -26,18 +26,16 @@ import numpy as np
 from numba import njit, prange
 from numba.cpython.unsafe.numbers import trailing_zeros
 
-from hsr.exact import reaches, score, widest_band
-from hsr.int8_scan import AXES, KEYS, QUERIES, popcount, scan_block
-from hsr.prefetch import prefetch_row
+from hsr.exact import score_lists, settle, widest_of
+from hsr.int8_scan import AXES, KEYS, QUERIES, popcount, scan_run
 from hsr.report import Hits
-from hsr.rows import offsets_of, packed
-from hsr.scaling import exponent, unit
+from hsr.rows import gathered
+from hsr.scaling import exponent, unit_into
 
 OFFSET = 128  # codes are stored unsigned, as code + OFFSET
 LEVELS = 127  # codes and quantised queries lie in -127..127
 OUTLIER = 8.0  # robust standard deviations an axis covers; keys beyond are clipped and carry a larger residual
-CHUNK_BYTES = 1 << 18  # codes that one task reads over and over, once per tile of queries: it stays in the L2 cache
-AHEAD = 8  # rows of keys asked for before they are scored
+CHUNK_BYTES = 1 << 19  # codes that one task reads over and over, once per tile of queries: it stays in the L2 cache
 FAR = 1 << 30  # beyond any sum of products of codes
 
 
@@ -58,110 +56,163 @@ class Sketch:
         self, keys: np.ndarray, queries: np.ndarray, thresholds: np.ndarray, limits: np.ndarray, collect: bool
     ) -> Hits:
         """See `hsr.structure.Structure`."""
-        m = len(queries)
-        blocks = max(1, CHUNK_BYTES // self.codes[0].size)
-        chunks = -(-len(self.codes) // blocks)
-        tiles = np.zeros((-(-m // QUERIES), QUERIES, *self.codes.shape[1::2]), np.int8)
-        sigma, bound, loose = np.empty(m), np.empty(m), np.empty((m, 2))
-        unit_queries, unit_thresholds = unit(queries, thresholds, self.exponent)
-        _quantise(unit_queries, unit_thresholds, self.mean, self.axes, self.steps, tiles, sigma, bound, loose)
-        masks = np.empty((len(self.codes), len(tiles), QUERIES), np.uint64)
-        passed, found = np.zeros((m, chunks), np.int64), np.zeros((m, chunks), np.int64)
-        _scan(self.codes, self.residual, self.norm, tiles, sigma, bound, loose, limits, blocks, masks, passed)
-        starts = offsets_of(passed.ravel())
-        size = int(starts[-1]) if collect else 0
-        wide_indices, wide_scores = np.empty(size, np.int32), np.empty(size)
-        widest = widest_band(queries, self.largest)
-        _refine(keys, queries, thresholds, widest, masks, blocks, starts, wide_indices, wide_scores, found)
-        return Hits(*packed(found, starts, wide_indices, wide_scores), passed.sum(axis=1), limits.copy())
+        model, coded = (self.mean, self.axes, self.steps), (self.codes, self.residual, self.norm)
+        asks = queries, thresholds, limits
+        return Hits(*_report(model, coded, keys, asks, self.exponent, self.largest, collect))
 
 
-@njit(cache=True)  # on one thread: the scan that follows costs n / d times as much
-def _quantise(queries, bounds, mean, axes, steps, tiles, sigma, bound, loose):
-    """Round unit queries (m, d), bounds (m,) to tiles (tiles, 4, groups, 4) int8; fill sigma, bound and loose (m, 2).
+@njit(cache=True)
+def _quantise(model, query, threshold, key_exponent, code, terms, i):
+    """Round one query (d,) to code (groups, 4) int8 and fill terms[:, i] float64.
 
     A key can reach its threshold only if
-    ``sum_i (code_i + 128) a_i >= (bound - loose_0 residual - loose_1 norm) / sigma``.
+    ``sum_i (code_i + 128) a_i >= terms_0 - terms_1 residual - terms_2 norm``.
     """
+    mean, axes, steps = model
     d = len(mean)
-    for j in range(len(queries)):
-        z = np.zeros(d)
-        square, base = 0.0, 0.0
-        for i in range(d):
-            q = queries[j, i]
-            square += q * q
-            base += q * mean[i]
-            for c in range(d):
-                z[c] += q * axes[i, c]
-        z *= steps
-        scale = np.abs(z).max() / LEVELS
-        if scale < 1e-290:  # the query is (nearly) orthogonal to every axis: all its codes are 0
-            scale = 1.0
-        total, left = 0.0, 0.0
-        row = tiles[j // QUERIES, j % QUERIES]
-        for i in range(d):
-            a = np.rint(z[i] / scale)
-            row[i // AXES, i % AXES] = np.int8(a)
-            total += a
-            left += (z[i] - scale * a) ** 2
-        norm = np.sqrt(square)
-        # float64 rounding of <q, mean>, of z against codes and of sigma times the sum: each below 4 d**2 u ||q||
-        slack = 16.0 * (d + 8) ** 2 * 2.0**-53 * (1.0 + norm)
-        sigma[j], bound[j] = scale, bounds[j] - base - slack + scale * OFFSET * total
-        loose[j, 0], loose[j, 1] = norm * (1 + 1e-9), np.sqrt(left) * (1 + 1e-9)
+    unit_query, z = np.empty(d), np.zeros(d)
+    lowered = unit_into(query, threshold, key_exponent, unit_query)
+    square, base = 0.0, 0.0
+    for r in range(d):
+        q = unit_query[r]
+        square += q * q
+        base += q * mean[r]
+        for c in range(d):
+            z[c] += q * axes[r, c]
+    largest = 0.0
+    for c in range(d):
+        z[c] *= steps[c]
+        largest = max(largest, abs(z[c]))
+    sigma = largest / LEVELS
+    if sigma < 1e-290:  # the query is (nearly) orthogonal to every axis: all its codes are 0
+        sigma = 1.0
+    total, left = 0.0, 0.0
+    for c in range(d):
+        a = np.rint(z[c] / sigma)
+        code[c // AXES, c % AXES] = np.int8(a)
+        total += a
+        left += (z[c] - sigma * a) ** 2
+    norm = np.sqrt(square)
+    # float64 rounding of <q, mean>, of z against codes, of sigma times the sum: each below 4 d**2 u ||q||; the terms
+    # below are sums of four roundings of at most 2 d (1 + ||q||)
+    slack = 16.0 * (d + 8) ** 2 * 2.0**-53 * (1.0 + norm)
+    terms[0, i] = (lowered - base - slack) / sigma + OFFSET * total
+    terms[1, i], terms[2, i] = norm * (1 + 1e-9) / sigma, np.sqrt(left) * (1 + 1e-9) / sigma
+
+
+@njit(cache=True)
+def _quantise_tile(model, asks, key_exponent, tile, codes, terms):
+    """`_quantise` a tile of queries: codes (tiles, w, groups, 4) int8, terms (tiles, 3, w) float64."""
+    queries, thresholds, _ = asks
+    width = codes.shape[1]
+    for i in range(width):
+        j = tile * width + i
+        if j < len(queries):
+            _quantise(model, queries[j], thresholds[j], key_exponent, codes[tile, i], terms[tile], i)
 
 
 @njit(parallel=True, cache=True)
-def _scan(codes, residual, norm, tiles, sigma, bound, loose, limits, blocks, masks, passed):
-    """Mark the keys that pass in masks (blocks, tiles, 4) and count them in passed (m, chunks); a chunk is a task."""
-    m = len(sigma)
-    for chunk in prange(passed.shape[1]):
-        first, last = chunk * blocks, min((chunk + 1) * blocks, len(codes))
-        least = np.empty(QUERIES, np.int32)
+def _quantise_all(model, asks, key_exponent, codes, terms):
+    for tile in prange(len(codes)):
+        _quantise_tile(model, asks, key_exponent, tile, codes, terms)
+
+
+@njit(cache=True)
+def _bound(terms, residual, norm, first, least):
+    """terms (3, w) of a tile -> least (w, run) int32: the least sum that lets a key of each block pass."""
+    for i in range(len(least)):
+        base, loose, rounded = terms[0, i], terms[1, i], terms[2, i]
+        for b in range(least.shape[1]):
+            block = np.uint64(first + b)
+            needed = np.floor(base - loose * residual[block] - rounded * norm[block])
+            least[i, b] = np.int32(min(max(needed, -FAR), FAR))
+
+
+@njit(cache=True)
+def _list(masks, i, first, limit, blocks, listed):
+    """List the blocks of a run that have hits of query i, and their masks -> how many hits.
+
+    masks (w, run) uint64, blocks (run,) int32, listed (run,) uint64; only keys below limit count.
+    """
+    size, passed, run = 0, 0, masks.shape[1]
+    for b in range(max(limit // KEYS - first, 0), run):  # few, unless limits differ
+        visible = max(limit - (first + b) * KEYS, 0)
+        masks[i, b] &= (np.uint64(1) << np.uint64(visible)) - np.uint64(1)
+    for b in range(run):
+        mask = masks[i, b]
+        blocks[size], listed[size] = first + b, mask  # the next block overwrites all but a hit
+        size += mask != 0
+        passed += popcount(mask)
+    return passed
+
+
+@njit(parallel=True, cache=True)
+def _scan(coded, limits, tiles, terms, run, blocks, listed, passed):
+    """Fill passed (chunks, m), and for each query the blocks (m, blocks + 1) with hits and their masks, by chunk."""
+    codes, residual, norm = coded
+    width = tiles.shape[1]
+    for chunk in prange(len(passed)):
+        first, last = chunk * run, min((chunk + 1) * run, len(codes))
+        least, masks = np.empty((width, last - first), np.int32), np.empty((width, last - first), np.uint64)
         for tile in range(len(tiles)):
-            start = tile * QUERIES
-            width = min(QUERIES, m - start)
-            least[:] = FAR
-            for block in range(first, last):
-                for i in range(width):
-                    j = start + i
-                    needed = (bound[j] - loose[j, 0] * residual[block] - loose[j, 1] * norm[block]) / sigma[j]
-                    least[i] = np.int32(min(max(np.floor(needed), -FAR), FAR))
-                scan_block(codes, block, tiles, tile, least, masks[block, tile])
-                for i in range(width):
-                    visible = limits[start + i] - block * KEYS
-                    if visible < KEYS:
-                        masks[block, tile, i] &= (np.uint64(1) << np.uint64(max(visible, 0))) - np.uint64(1)
-                    passed[start + i, chunk] += popcount(masks[block, tile, i])
+            _bound(terms[tile], residual, norm, first, least)
+            scan_run(codes, first, tiles, tile, least, masks)
+            for i in range(min(width, len(limits) - tile * width)):
+                j = tile * width + i
+                passed[chunk, j] = _list(masks, i, first, limits[j], blocks[j, first:last], listed[j, first:last])
+
+
+@njit(cache=True)
+def _spread(blocks, listed, first, start, stop, kept):
+    """Fill kept[start:stop] int32 with the hits of the listed masks from first on; no branch depends on a mask."""
+    p, mask = first, listed[first]
+    for c in range(start, stop):
+        kept[c] = blocks[p] * KEYS + np.int64(trailing_zeros(mask))
+        mask &= mask - np.uint64(1)
+        p += mask == 0
+        mask = listed[p] if mask == 0 else mask
 
 
 @njit(parallel=True, cache=True)
-def _refine(keys, queries, thresholds, widest, masks, blocks, starts, wide_indices, wide_scores, found):
-    """Score what passed; what reaches its threshold goes to the scratch from starts[i * chunks + chunk] on."""
-    m, chunks = found.shape
-    collect = len(wide_indices) > 0
-    for chunk in prange(chunks):
-        first, last = chunk * blocks, min((chunk + 1) * blocks, len(masks))
-        kept = np.empty(blocks * KEYS, np.int32)
+def _refine(keys, asks, largest, run, blocks, listed, starts, kept, totals, found):
+    """Score what passed: kept[starts[chunk, i]:starts[chunk, i + 1]] int32, of which found[chunk, i] are members."""
+    queries, thresholds, _ = asks
+    for chunk in prange(len(found)):
+        bounds = starts[chunk]
+        for i in range(len(queries)):
+            _spread(blocks[i], listed[i], chunk * run, bounds[i], bounds[i + 1], kept)
+        score_lists(queries, keys, kept, bounds, totals)
+        for i in range(len(queries)):
+            widest = widest_of(queries[i], largest)
+            found[chunk, i] = settle(queries[i], keys, thresholds[i], widest, bounds[i], bounds[i + 1], kept, totals)
+
+
+@njit(cache=True)
+def _report(model, coded, keys, asks, key_exponent, largest, collect):
+    """Search for all queries; asks: queries (m, d), thresholds (m,), limits (m,) -> the fields of `Hits`."""
+    codes, limits = coded[0], asks[2]
+    m, count, groups = len(limits), len(codes), codes.shape[1]
+    width = QUERIES if m > 1 else 1
+    run = max(1, CHUNK_BYTES // (groups * KEYS * AXES))
+    tiles, chunks = (m + width - 1) // width, (count + run - 1) // run
+    rounded, terms = np.zeros((tiles, width, groups, AXES), np.int8), np.zeros((tiles, 3, width))
+    if m == 1:
+        _quantise_tile(model, asks, key_exponent, 0, rounded, terms)
+    else:
+        _quantise_all(model, asks, key_exponent, rounded, terms)
+    blocks, listed = np.empty((m, count + 1), np.int32), np.empty((m, count + 1), np.uint64)
+    passed, found = np.empty((chunks, m), np.int64), np.empty((chunks, m), np.int64)
+    _scan(coded, limits, rounded, terms, run, blocks, listed, passed)
+    starts, size = np.empty((chunks, m + 1), np.int64), 0
+    for chunk in range(chunks):
         for i in range(m):
-            query, size = queries[i], 0
-            for block in range(first, last):
-                mask = masks[block, i // QUERIES, i % QUERIES]
-                while mask != 0:
-                    kept[size] = block * KEYS + np.int64(trailing_zeros(mask))
-                    mask &= mask - np.uint64(1)
-                    size += 1
-            for c in range(min(size, AHEAD)):
-                prefetch_row(keys, kept[c])
-            target = starts[i * chunks + chunk]
-            for c in range(size):
-                if c + AHEAD < size:
-                    prefetch_row(keys, kept[c + AHEAD])
-                total = score(query, keys, kept[c])
-                if collect:
-                    wide_indices[target], wide_scores[target] = kept[c], total  # the next overwrites all but a member
-                target += reaches(query, keys, kept[c], total, thresholds[i], widest[i])
-            found[i, chunk] = target - starts[i * chunks + chunk]
+            starts[chunk, i] = size
+            size += passed[chunk, i]
+        starts[chunk, m] = size
+    kept, totals = np.empty(size, np.int32), np.empty(size)
+    _refine(keys, asks, largest, run, blocks, listed, starts, kept, totals, found)
+    offsets, indices, scores = gathered(found, starts, kept, totals, collect)
+    return offsets, indices, scores, passed.sum(axis=0), limits.copy()
 
 
 def build(keys: np.ndarray) -> Sketch:

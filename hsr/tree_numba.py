@@ -41,11 +41,12 @@ from numba import get_num_threads, njit, prange
 from numba.cpython.unsafe.numbers import trailing_zeros
 
 from hsr.box_bounds import FAN, FAR, ROUNDING, judge
-from hsr.exact import UNDERFLOW, band, widest_of
+from hsr.exact import band, widest_of
 from hsr.int8_scan import AXES, scan_one
 from hsr.prefetch import prefetch_row
 from hsr.report import Hits
 from hsr.rows import gathered, scratch
+from hsr.scaling import unit_into
 from hsr.tree_layout import LEAF, LEVELS, OFFSET, layout, relative_rounding
 
 CHUNKS = 16  # parts of one query, where queries are fewer than threads
@@ -54,19 +55,6 @@ BATCH = 512  # keys whose exact test waits for their rows to arrive
 AHEAD = 6  # leaves whose codes are asked for before they are read
 TINY = 2.0**-122  # more than roundings to zero contribute per coordinate, even where subnormals are flushed
 HALF = 0.51  # steps between a coordinate and its code, and what finding the code rounds
-
-
-@njit(cache=True)
-def _unit(query, threshold, key_exponent, unit_query):
-    """`hsr.scaling.unit` of one query: fill unit_query (d,) float64 -> the threshold, lowered and kept finite."""
-    d, largest = len(query), 0.0
-    for i in range(d):
-        largest = max(largest, abs(query[i]))
-    shift = math.frexp(largest)[1]
-    for i in range(d):
-        unit_query[i] = math.ldexp(query[i], -shift)
-    lowered = math.ldexp(threshold - (d + 1) * UNDERFLOW, -(shift + key_exponent))  # float64 may score 0 below 0
-    return min(max(lowered, -2.0 * d - 2.0), 2.0 * d + 2.0)  # no unit score exceeds d in magnitude
 
 
 @njit(cache=True)
@@ -152,7 +140,7 @@ def _plan(tree, query, threshold, key_exponent, code, open_, least, whole, sizes
     codes, groups, starts, centre, scales = tree[2:]
     d = len(query)
     unit_query, aim, point = np.empty(d), np.empty(d, np.float32), np.empty(d, np.float32)
-    lowered = _unit(query, threshold, key_exponent, unit_query)
+    lowered = unit_into(query, threshold, key_exponent, unit_query)
     norm, cap = _aim(unit_query, lowered, centre, aim, point)
     inverse, base = _quantise(unit_query, scales, code)
     margin = 2.0**-22 * abs(lowered) + (d + 1) * TINY
@@ -314,8 +302,9 @@ def _report(tree, asks, key_exponent, largest, threads, collect):
         _do(0, tree, asks, largest, plans, part, wide_indices, wide_scores, counts, tested)
     else:
         _do_all(tree, asks, largest, plans, part, wide_indices, wide_scores, counts, tested)
-    offsets, indices, scores = gathered(counts, width, wide_indices.ravel(), wide_scores.ravel())
-    return offsets, indices, scores, tested.sum(axis=1), sizes[:, 0] * LEAF + sizes[:, 2]
+    starts = (np.arange(m * chunks) * width).reshape(m, chunks).T
+    hits = gathered(counts.T, starts, wide_indices.ravel(), wide_scores.ravel(), collect)
+    return *hits, tested.sum(axis=1), sizes[:, 0] * LEAF + sizes[:, 2]
 
 
 @dataclass(frozen=True)

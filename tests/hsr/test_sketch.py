@@ -97,3 +97,38 @@ def test_adversarial_queries_meet_the_bound() -> None:
     thresholds = np.take_along_axis(scores, np.argsort(scores, axis=1)[:, 200:201], axis=1)[:, 0]
     report = report_of(structure, keys, queries, thresholds)
     assert_reports(report, queries, keys, thresholds, np.full(200, 256))
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_tile_and_limit_is_complete(m: int, dtype: type) -> None:
+    """A lone query, tiles that are not full, several chunks, and limits within and between blocks."""
+    rng = np.random.default_rng(5)
+    n, d = 9001, 130  # chunks of 62 blocks, the last one short; groups that are not full
+    keys = rng.standard_normal((n, d)).astype(dtype)
+    structure = build(keys)
+    queries = rng.standard_normal((m, d))
+    thresholds = np.where(np.arange(m) % 3 == 2, -np.inf, np.quantile(queries @ keys.T, 0.98, axis=1))
+    scores = queries @ keys.T.astype(np.float64)
+    for limits in (rng.integers(0, n + 1, m), 64 * rng.integers(0, n // 64, m), np.full(m, n), np.zeros(m, np.int64)):
+        hits = structure.report(keys, queries, thresholds, limits, True)
+        for i in range(m):
+            wanted = np.flatnonzero(scores[i, : limits[i]] >= thresholds[i])
+            part = slice(hits.offsets[i], hits.offsets[i + 1])
+            assert np.array_equal(hits.indices[part], wanted)
+            np.testing.assert_allclose(hits.scores[part], scores[i, wanted], rtol=1e-9, atol=1e-9)
+        counted = structure.report(keys, queries, thresholds, limits, False)
+        assert np.array_equal(counted.offsets, hits.offsets)
+        assert len(counted.indices) == 0
+
+
+def test_products_that_underflow_reach_zero() -> None:
+    """float64 scores them 0, which reaches a threshold of 0 though the exact product lies below."""
+    rng = np.random.default_rng(6)
+    keys = -np.abs(rng.standard_normal((200, 8)))
+    queries = np.full((2, 8), 5e-324)
+    limits = np.full(2, 200)
+    hits = build(keys * 0.1).report(keys * 0.1, queries, np.zeros(2), limits, True)
+    wanted = (queries @ (keys * 0.1).T >= 0).sum(axis=1)
+    assert np.array_equal(np.diff(hits.offsets) >= wanted, [True, True])
+    assert wanted[0] > 100
