@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsr import ArgumentError, HSRIndex, Report, methods
@@ -15,6 +15,7 @@ from tests.strategies import DTYPES, cases, served
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", methods("build"))
+@settings(max_examples=2000 if settings.default.max_examples > 200 else 200)  # nightly, and in CI
 @given(data=st.data())
 def test_reports_what_brute_force_reports(method: str, dtype: str, data: st.DataObject) -> None:
     case = data.draw(cases(dtype, method))
