@@ -17,7 +17,7 @@ demo: $(VENV)/.demo ## a small real model with and without half-space reporting;
 test: check ## lint, format, types, then every test that is not slow; what CI runs
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-long: $(VENV)/.test ## every test, slow ones too, ten times the random examples
+test-long: $(VENV)/.test ## every test, slow ones too, with two to ten times the random examples
 	$(BIN)/python -m pytest --hypothesis-profile=nightly
 
 check: $(VENV)/.test ## lint, format and types alone
