@@ -16,6 +16,7 @@ from attention.values import Values
 from hsr import checks
 from hsr.coded_scan import KEYS
 from hsr.errors import ArgumentError
+from hsr.lifted import LARGEST
 from hsr.lifted_numba import generators
 
 if TYPE_CHECKING:
@@ -89,12 +90,14 @@ class Sampled:
         if visible.index.alive < visible.index.n:
             gone = visible.index.n - visible.index.alive
             raise ArgumentError(f"Sampled needs an index from which nothing was deleted; got one that lost {gone} keys")
+        error = visible.score_error()
+        if error.max(initial=0.0) > LARGEST * ROUNDING["float64"]:
+            raise ArgumentError(f"q and k must have scaled scores below {LARGEST:.0e} for Sampled; got larger ones")
         step = max(1, ESTIMATES // (h * visible.index.n))
         rows = visible.queries.reshape(g, h // g, m, d).transpose(0, 2, 1, 3)  # (g, m, G, d)
         limits = visible.limits.reshape(g, h // g, m)
         assert (limits == limits[:, :1]).all(), "the heads of a group see the same keys"
-        error = visible.score_error()
-        blocks = [slice(first, first + step) for first in range(0, m, step)]
+        blocks = [slice(first, first + step) for first in range(0, max(m, 1), step)]
         found = [self._attend(visible, values, rows[:, block], limits[:, 0, block]) for block in blocks]
         results = []
         for block, (output, lse, moments, counters) in zip(blocks, found, strict=True):
@@ -110,16 +113,16 @@ class Sampled:
         g, rows, heads, d = queries.shape
         keys = index.keys.reshape(g, index.n, d)
         lifted = values.lifted(keys, queries, scale, self.bytes_per_key)
-        start = np.minimum(self.sinks, limits)
-        stop = np.clip((limits - self.recent) // KEYS * KEYS, start, max(lifted.n, self.sinks))
-        spans = np.stack([start, np.where(stop > lifted.n, start, stop)], axis=2)
-        parts = 1 + -(-PARTS * get_num_threads() // (g * rows))
+        stop = np.minimum((limits - self.recent) // KEYS * KEYS, lifted.n)
+        spans = np.where((stop > self.sinks)[..., None], np.stack([np.full_like(stop, self.sinks), stop], axis=2), 0)
+        parts = 1 + -(-PARTS * get_num_threads() // max(g * rows, 1))
         width = values.array.shape[2]
         sums = np.empty((g, rows, parts, heads, sampled_numba.SUMS))
         vectors, known = np.empty((g, rows, parts, heads, 2, width)), np.empty((g, rows, heads))
-        near, centre = np.ascontiguousarray(queries), values.centre.astype(values.array.dtype)
+        near, units = np.ascontiguousarray(queries), values.unit
+        centre = (values.centre * units[:, None]).astype(units.dtype)
         sampled_numba.attend_certain(
-            keys, values.array, values.lift, centre, near, scale, spans, limits, sums, vectors, known
+            keys, values.array, values.lift, centre, units, near, scale, spans, limits, sums, vectors, known
         )
         draw = lifted.draw(
             queries,
@@ -131,11 +134,11 @@ class Sampled:
             systematic=self.draw == "systematic",
         )
         sampled_numba.attend_drawn(
-            keys, values.array, centre, near, scale, draw.ids, draw.pis, draw.counts, get_num_threads(), sums, vectors
+            keys, values.array, centre, units, near, scale, draw.ids, draw.pis, draw.counts, get_num_threads(), sums, vectors
         )
         output, lse = np.empty((g, rows, heads, width)), np.empty((g, rows, heads))
         moments = np.empty((g, rows, heads, 3))
-        sampled_numba.merge(sums, vectors, centre, draw.excess, output, lse, moments)
+        sampled_numba.merge(sums, vectors, centre, units, draw.excess, output, lse, moments)
         sampled = spans[..., 1] - spans[..., 0]
         drawn = draw.counts.sum(axis=2) + limits - sampled
         scanned, visited = (np.repeat(count, heads, axis=0) for count in (drawn, sampled))

@@ -157,7 +157,7 @@ def _second_moment(queries: np.ndarray) -> np.ndarray:
     moment = np.matmul(queries.T, queries, dtype=np.float64) / max(m, 1)
     size = np.trace(moment) / d
     share = d / (d + m)
-    return (1 - share) * moment / size + share * np.eye(d) if size > 0 else np.eye(d)
+    return (1 - share) * moment + share * size * np.eye(d) if size > 0 else np.eye(d)
 
 
 def _best_steps(y: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, float]:
@@ -172,7 +172,8 @@ def _best_steps(y: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, float]:
 def _rounded(y: np.ndarray, steps: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """y (n, axes), steps (axes,) -> codes (n, axes) float64 in 0 .. 2^bits - 1; an axis of step 0 has code 0."""
     levels = 2.0**bits
-    cells = np.divide(y, steps, out=np.zeros_like(y), where=steps > 0)
+    with np.errstate(over="ignore"):  # far beyond the last level
+        cells = np.divide(y, steps, out=np.zeros_like(y), where=steps > 0)
     return np.clip(np.floor(cells) + levels / 2, 0, levels - 1)
 
 

@@ -25,6 +25,15 @@ class Segment:
     structure: Structure
 
 
+def with_room(array: np.ndarray, used: int, wanted: int) -> np.ndarray:
+    """The array (g, capacity, ...), of which the first ``used`` rows count, or a copy twice as long or longer."""
+    if wanted <= array.shape[1]:
+        return array
+    grown = np.empty((len(array), max(wanted, 2 * array.shape[1]), *array.shape[2:]), array.dtype)
+    grown[:, :used] = array[:, :used]
+    return grown
+
+
 def covered(segments: tuple[Segment, ...]) -> int:
     """How many keys the segments hold; those after them are in the buffer."""
     return segments[-1].stop if segments else 0
