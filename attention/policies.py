@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -49,7 +49,10 @@ class Selection(NamedTuple):
 
 
 class Policy(Protocol):
-    """Chooses the keys of softmax attention."""
+    """Chooses the keys of softmax attention.
+
+    One that has an attribute ``method`` names the index method that "auto" then means for it.
+    """
 
     def select(self, visible: Visible) -> Selection:
         """Report keys for every query, with a bound on what was left out."""
@@ -59,6 +62,8 @@ class Policy(Protocol):
 @dataclass(frozen=True)
 class Dense:
     """Every visible key: the exact output, and the baseline."""
+
+    method: ClassVar[str] = "brute"  # no structure helps
 
     def select(self, visible: Visible) -> Selection:
         """Report the half-space at -inf."""

@@ -12,7 +12,6 @@ from attention.result import Result, joined
 from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
-from hsr import HSRIndex
 from hsr.errors import ArgumentError
 
 PAIRS = 1 << 24  # (row, key) pairs attended at a time, over all heads: bounds the memory of a report
@@ -55,7 +54,7 @@ def prefill(
         raise ArgumentError(f"q must have the batch of k, {tuple(k.shape)}; got {tuple(q.shape)}")
     if causal and m > n:
         raise ArgumentError(f"q must have at most {n} rows, one per key, when causal; got {m}")
-    index, kept = HSRIndex(keys, method), Values(values)
+    index, kept = plan.index(keys, method), Values(values)
     seen = np.arange(n - m, n) + 1 if causal else np.full(m, n)
     limits = np.broadcast_to(seen, (heads, m)).astype(np.int64)
     step = max(1, PAIRS // (heads * n))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numba import get_num_threads
@@ -13,7 +13,7 @@ from scipy.special import gammaincinv, ndtri
 from attention import sampled_numba
 from attention.result import ROUNDING, SMALLEST, Certificate, Counters, Result, joined
 from attention.values import Values
-from hsr import checks
+from hsr import HSRIndex, checks
 from hsr.coded_scan import KEYS
 from hsr.errors import ArgumentError
 from hsr.lifted import LARGEST
@@ -56,6 +56,8 @@ class Sampled:
     Source: threshold sampling (Duffield, Lund & Thorup 2007) as half-space reporting one dimension up.
     """
 
+    method: ClassVar[str] = "brute"  # its codes are its own
+
     eps: float | None = None
     budget: float | None = None
     bytes_per_key: int = 32
@@ -82,6 +84,11 @@ class Sampled:
         if self.draw not in DRAWS:
             raise ArgumentError(f"draw must be one of {', '.join(DRAWS)}; got {self.draw!r}")
         checks.real("confidence", self.confidence, np.nextafter(0, 1), 1.0)
+
+    def calibrate(self, index: HSRIndex, values: Values, queries: np.ndarray, scale: float) -> None:
+        """Code the keys for queries (h, m, d) float64 like those to come; else the first ones attended with serve."""
+        grouped = queries.reshape(index.heads, -1, *queries.shape[1:])
+        values.lifted(index.keys.reshape(index.heads, index.n, index.d), grouped, scale, self.bytes_per_key)
 
     def attend(self, visible: Visible, values: Values) -> Result:
         """Sample and attend: Result (h, m), output float64."""
@@ -110,9 +117,9 @@ class Sampled:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counters]:
         """queries (g, rows, G, d) float64, limits (g, rows) -> output (h, rows, dv), lse, moments (h, rows, 3)."""
         index, scale = visible.index, visible.scale
-        g, rows, heads, d = queries.shape
-        keys = index.keys.reshape(g, index.n, d)
-        lifted = values.lifted(keys, queries, scale, self.bytes_per_key)
+        g, rows, heads, _ = queries.shape
+        keys = visible.held.keys
+        lifted = values.lifted(keys[:, : index.n], queries, scale, self.bytes_per_key)
         stop = np.minimum((limits - self.recent) // KEYS * KEYS, lifted.n)
         spans = np.where((stop > self.sinks)[..., None], np.stack([np.full_like(stop, self.sinks), stop], axis=2), 0)
         parts = 1 + -(-PARTS * get_num_threads() // max(g * rows, 1))
@@ -122,7 +129,7 @@ class Sampled:
         near, units = np.ascontiguousarray(queries), values.unit
         centre = (values.centre * units[:, None]).astype(units.dtype)
         sampled_numba.attend_certain(
-            keys, values.array, values.lift, centre, units, near, scale, spans, limits, sums, vectors, known
+            keys, values.store, values.lift, centre, units, near, scale, spans, limits, sums, vectors, known
         )
         draw = lifted.draw(
             queries,
@@ -134,7 +141,18 @@ class Sampled:
             systematic=self.draw == "systematic",
         )
         sampled_numba.attend_drawn(
-            keys, values.array, centre, units, near, scale, draw.ids, draw.pis, draw.counts, get_num_threads(), sums, vectors
+            keys,
+            values.store,
+            centre,
+            units,
+            near,
+            scale,
+            draw.ids,
+            draw.pis,
+            draw.counts,
+            get_num_threads(),
+            sums,
+            vectors,
         )
         output, lse = np.empty((g, rows, heads, width)), np.empty((g, rows, heads))
         moments = np.empty((g, rows, heads, 3))

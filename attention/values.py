@@ -44,8 +44,16 @@ class Values:
         return self._store[:, : self._n]
 
     @property
+    def store(self) -> np.ndarray:
+        """The values and room for more, (g, capacity, dv), C-contiguous."""
+        return self._store
+
+    @property
     def lift(self) -> np.ndarray:
-        """(g, n) float64, ``ln ||v_j - centre||``, not much below the typical one: what an attended key can change."""
+        """``ln ||v_j - centre||``, not much below the typical one: what an attended key can change.
+
+        (g, capacity) float64, C-contiguous: n of them, and room for more.
+        """
         if self._lifts < self._n:
             first = self._lifts if self._lifts >= FEW else 0
             distance = self._distance(self.array[:, first:])
@@ -54,7 +62,7 @@ class Values:
             self._lift = with_room(self._lift, first, self._n)
             self._lift[:, first : self._n] = np.log(np.maximum(distance, self._floor))
             self._lifts = self._n
-        return self._lift[:, : self._n]
+        return self._lift
 
     @property
     def directions(self) -> np.ndarray:

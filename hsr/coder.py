@@ -17,6 +17,7 @@ of 8 bits come first, then those of 4, 2 and 1; axes are in order of falling var
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -92,19 +93,35 @@ class Coder:
             packed[:, blocks] = _packed(codes.reshape(g, -1, KEYS, len(bits)), self.layout)
         return packed, error
 
+    @cached_property
+    def middle(self) -> np.ndarray:
+        """(axes,) float64, what is taken from a code before its step multiplies it."""
+        return (2.0**self.layout.bits - 1) / 2
+
+    @cached_property
+    def readout(self) -> np.ndarray:
+        """(g, d, axes + 1) float64: a query's product with an axis of unit codes; last, with the mean."""
+        g, d = self.mean.shape
+        axes = len(self.layout.bits)
+        used = min(axes, d)
+        readout = np.zeros((g, d, axes + 1))
+        readout[..., :used] = self.query_map[..., :used] * self.steps[:, None, :used]
+        readout[..., axes] = self.mean
+        return readout
+
     def prepare(self, queries: np.ndarray) -> CodedQueries:
         """Queries (g, m, d) float64 -> their int8 form."""
         g, m, d = queries.shape
-        bits = self.layout.bits
-        used = min(len(bits), d)
-        z = np.zeros((g, -(-m // QUERIES) * QUERIES, len(bits)))
-        z[:, :m, :used] = np.matmul(queries, self.query_map[..., :used]) * self.steps[:, None, :used]
+        padded = np.zeros((g, -(-m // QUERIES) * QUERIES, d))
+        padded[:, :m] = queries
+        products = np.matmul(padded, self.readout)
+        z = products[..., :-1]
         sigma = np.abs(z).max(axis=2) / 127
         sigma[sigma < SMALLEST] = 1.0
         a = np.rint(z / sigma[..., None])
-        base = np.einsum("gmd,gd->gm", queries, self.mean) - (sigma * (a @ ((2.0**bits - 1) / 2)))[:, :m]
-        tiles = a.astype(np.int8).reshape(g, -1, QUERIES, len(bits) // BYTES, BYTES)
-        return CodedQueries(tiles, np.ascontiguousarray(sigma[:, :m]), base)
+        base = products[..., -1] - sigma * (a @ self.middle)
+        tiles = a.astype(np.int8).reshape(g, -1, QUERIES, z.shape[2] // BYTES, BYTES)
+        return CodedQueries(tiles, sigma[:, :m], base[:, :m])
 
 
 def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None) -> Coder:

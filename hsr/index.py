@@ -208,7 +208,9 @@ class HSRIndex:
     def held(self, prefix: np.ndarray) -> Held:
         """The keys as they are held, for a caller that samples ids below prefix (...) int64, in 0..n."""
         limits = self._roster.places(prefix)
-        return Held(self._held, self._roster.dead, limits, self._roster.living(limits))
+        store = self._store.view()
+        store.flags.writeable = False
+        return Held(store, self._roster.dead, limits, self._roster.living(limits))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to one file (see `hsr.storage`); an existing file stays until the new one is whole."""

@@ -142,20 +142,16 @@ class Lifted:
             )
         return Draw(ids, pis, counts, excess.sum(axis=2))
 
-    def _estimate(
-        self, queries: np.ndarray, spans: np.ndarray, estimates: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _estimate(self, queries: np.ndarray, spans: np.ndarray, estimates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Fill estimates (g, rows, G, n) of lifted scores less their base; their log-sum-exp and base (g, rows, G)."""
         g, rows, heads, n = estimates.shape
-        padded = np.zeros((g, rows, -(-heads // QUERIES) * QUERIES, queries.shape[3] + 1))
-        padded[:, :, :heads] = self._asked(queries)
-        coded = self.coder.prepare(padded.reshape(g, -1, padded.shape[3]))
+        asked = np.zeros((g, rows, -(-heads // QUERIES) * QUERIES, queries.shape[3] + 1))  # whole tiles
+        asked[:, :, :heads] = self._asked(queries)
+        coded = self.coder.prepare(asked.reshape(g, -1, asked.shape[3]))
         slope, base = (part.reshape(g, rows, -1)[..., :heads] for part in (coded.sigma, coded.base))
         tops, totals = np.empty((2, g, rows, -(-n // CHUNK), heads))
         words = np.array(self.coder.layout.words)
-        lifted_numba.estimate(
-            self._codes, words, coded.tiles, slope, spans, get_num_threads(), estimates, tops, totals
-        )
+        lifted_numba.estimate(self._codes, words, coded.tiles, slope, spans, get_num_threads(), estimates, tops, totals)
         with np.errstate(divide="ignore"):
             return np.logaddexp.reduce(tops + np.log(totals), axis=2), base
 
@@ -245,4 +241,3 @@ class _Scratch:
             self._ids[:size].reshape(g, rows, n),
             self._pis[:size].reshape(g, rows, n),
         )
-
