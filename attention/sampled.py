@@ -17,13 +17,13 @@ from hsr import HSRIndex, checks
 from hsr.coded_scan import KEYS
 from hsr.errors import ArgumentError
 from hsr.lifted import LARGEST
-from hsr.lifted_numba import generators
+from hsr.lifted_numba import CHUNK, generators
 
 if TYPE_CHECKING:
     from attention.policies import Visible
 
 DRAWS = ("systematic", "independent")
-PARTS = 8  # tasks per thread that attend to drawn keys
+TASKS = 64  # into which attending to drawn keys is cut, however many threads there are: sums are always the same
 ESTIMATES = 1 << 26  # most estimated scores held at once
 TAIL = 4.0  # kurtosis that a draw brings into the error, over the number of draws; measured on real heads
 
@@ -122,15 +122,14 @@ class Sampled:
         lifted = values.lifted(keys[:, : index.n], queries, scale, self.bytes_per_key)
         stop = np.minimum((limits - self.recent) // KEYS * KEYS, lifted.n)
         spans = np.where((stop > self.sinks)[..., None], np.stack([np.full_like(stop, self.sinks), stop], axis=2), 0)
-        parts = 1 + -(-PARTS * get_num_threads() // max(g * rows, 1))
+        parts = 1 + min(-(-TASKS // max(g * rows, 1)), -(-lifted.n // CHUNK))
         width = values.array.shape[2]
         sums = np.empty((g, rows, parts, heads, sampled_numba.SUMS))
         vectors, known = np.empty((g, rows, parts, heads, 2, width)), np.empty((g, rows, heads))
         near, units = np.ascontiguousarray(queries), values.unit
         centre = (values.centre * units[:, None]).astype(units.dtype)
-        sampled_numba.attend_certain(
-            keys, values.store, values.lift, centre, units, near, scale, spans, limits, sums, vectors, known
-        )
+        cache = keys, values.store, centre, units
+        sampled_numba.attend_certain(*cache, values.lift, near, scale, spans, limits, sums, vectors, known)
         draw = lifted.draw(
             queries,
             spans,
@@ -140,26 +139,14 @@ class Sampled:
             generators=generators(self.seed, limits if self.redraw else np.zeros_like(limits)),
             systematic=self.draw == "systematic",
         )
-        sampled_numba.attend_drawn(
-            keys,
-            values.store,
-            centre,
-            units,
-            near,
-            scale,
-            draw.ids,
-            draw.pis,
-            draw.counts,
-            get_num_threads(),
-            sums,
-            vectors,
-        )
+        drawn = draw.ids, draw.pis, draw.counts
+        sampled_numba.attend_drawn(*cache, near, scale, *drawn, get_num_threads(), sums, vectors)
         output, lse = np.empty((g, rows, heads, width)), np.empty((g, rows, heads))
         moments = np.empty((g, rows, heads, 3))
         sampled_numba.merge(sums, vectors, centre, units, draw.excess, output, lse, moments)
         sampled = spans[..., 1] - spans[..., 0]
-        drawn = draw.counts.sum(axis=2) + limits - sampled
-        scanned, visited = (np.repeat(count, heads, axis=0) for count in (drawn, sampled))
+        read = draw.counts.sum(axis=2) + limits - sampled
+        scanned, visited = (np.repeat(count, heads, axis=0) for count in (read, sampled))
         by_head = [np.moveaxis(part, 2, 1).reshape(g * heads, rows, -1) for part in (output, lse, moments)]
         return by_head[0], by_head[1][..., 0], by_head[2], Counters(scanned, visited, scanned)
 

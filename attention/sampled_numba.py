@@ -127,10 +127,10 @@ def _tools(heads, width, like):
 
 
 @njit(parallel=True, cache=True)
-def attend_certain(keys, values, lift, centre, units, queries, scale, spans, limits, scalars, vectors, lifted):
+def attend_certain(keys, values, centre, units, lift, queries, scale, spans, limits, scalars, vectors, lifted):
     """The keys before and after each row's span, with pi = 1: part 0 of the row.
 
-    keys (g, n, d), values (g, n, dv), lift (g, n), centre (g, dv) times units (g,), by which values are multiplied;
+    keys (g, n, d), values (g, n, dv), centre (g, dv) times units (g,), by which values are multiplied; lift (g, n);
     queries (g, rows, G, d) float64; spans (g, rows, 2) and limits (g, rows): keys 0 .. start - 1 and stop .. limit - 1.
     Fills scalars (g, rows, parts, G, SUMS), vectors (g, rows, parts, G, 2, dv) and lifted (g, rows, G), the
     log-sum-exp of ``score + lift``.

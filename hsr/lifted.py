@@ -27,10 +27,11 @@ from hsr.growth import with_room
 from hsr.lifted_numba import CHUNK
 
 DRIFT = 0.1  # nats^2 by which the squared error of new scores may exceed the fit's; variances grow by its exponential
+NOISE = 1.25  # times that, which the error of a window may be by chance
 WINDOW = 8  # blocks whose mean error is compared
 GROWTH = 1.25  # times the keys of the last fit before another fit
-ENOUGH = 0.995  # share of a budget at which the threshold is settled
-ROUNDS = 40
+SLACK = 0.005  # share of a budget by which it may be missed
+ROUNDS, PATIENCE = 60, 8  # of the search for the threshold that spends it; rounds before its steps are lengthened
 LARGEST = 1e20  # of a scaled score, in nats: its estimates stay far from the ends of float32
 LOWEST = -1e29  # below every estimate
 FAR = 2.0**40  # coordinates of keys appended later, on the fit's scale: their squares are finite in float32
@@ -97,10 +98,11 @@ class Lifted:
         if self._coder is None:
             self._fit(keys, lift)
         codes = self._encoded(keys, lift, self._blocks, blocks)
-        if (self._recent.mean(axis=1) > self._usual + DRIFT).any() and blocks >= GROWTH * self._fitted:
+        drifted = self._recent.mean(axis=1) > NOISE * self._usual + DRIFT
+        if drifted.any() and blocks >= GROWTH * self._fitted:
             self._fit(keys, lift)
             codes = self._encoded(keys, lift, 0, blocks)
-            self._usual = np.maximum(self._usual, self._recent.mean(axis=1))  # no fit suits it: none must follow
+            self._usual = np.maximum(self._usual, self._recent.max(axis=1))  # what no fit suits must not cause another
             self._blocks = 0
         self._keep(codes)
 
@@ -203,23 +205,29 @@ class Lifted:
 
 
 def _spend(estimates: np.ndarray, spans: np.ndarray, lse: np.ndarray, budget: float) -> np.ndarray:
-    """Thresholds (g, rows, G) that report ``budget`` keys on average, from above: each round's step undershoots.
+    """Thresholds (g, rows, G) that report ``budget`` keys on average.
 
     estimates (g, rows, G, n), their log-sum-exp (g, rows, G).  A row with no more keys than that reports them all.
+    Steps that would be exact if no further key became certain come from above and never overshoot; where many do become
+    certain, steps are lengthened until they overshoot, and the rest is bisection.
     """
     g, rows, heads, n = estimates.shape
     keys = (spans[..., 1] - spans[..., 0])[..., None]
-    thresholds = np.where(keys <= budget, LOWEST, lse - np.log(budget))
+    high = np.where(keys <= budget, LOWEST, lse - np.log(budget))
+    low, thresholds = np.full_like(high, -np.inf), high
     certain, sampled = np.empty((2, g, rows, -(-n // CHUNK), heads))
-    for _ in range(ROUNDS):
+    for trial in range(ROUNDS):
         lifted_numba.expected(estimates, thresholds, spans, get_num_threads(), certain, sampled)
         sure, chance = certain.sum(axis=2), sampled.sum(axis=2)
-        short = sure + chance < ENOUGH * np.minimum(budget, keys)
-        if not short.any():
+        over = (sure + chance > budget * (1 + SLACK)) & (keys > budget)
+        short = sure + chance < (1 - SLACK) * np.minimum(budget, keys)
+        if not (over | short).any():
             break
+        low, high = np.where(over, thresholds, low), np.where(short, thresholds, high)
         with np.errstate(divide="ignore"):
-            step = np.where(short, np.log(np.maximum(budget - sure, 1) / chance), 0.0)
-        thresholds = np.maximum(thresholds - step, LOWEST)
+            step = np.log(np.maximum(budget - sure, 1.0) / chance) * 2.0 ** max(0, trial - PATIENCE)
+        below = np.where(np.isneginf(low), thresholds - step, (low + high) / 2)
+        thresholds = np.maximum(np.where(over | short, below, thresholds), LOWEST)
     return thresholds
 
 
