@@ -11,7 +11,7 @@ from numba import get_num_threads
 from scipy.special import gammaincinv, ndtri
 
 from attention import sampled_numba
-from attention.result import ROUNDING, SMALLEST, Certificate, Counters, Result, joined
+from attention.result import ROUNDING, SMALLEST, UNIT, Certificate, Counters, Result, joined
 from attention.values import Values
 from hsr import HSRIndex, checks
 from hsr.coded_scan import KEYS
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 DRAWS = ("systematic", "independent")
 TASKS = 64  # into which attending to drawn keys is cut, however many threads there are: sums are always the same
 ESTIMATES = 1 << 26  # most estimated scores held at once
-TAIL = 4.0  # kurtosis that a draw brings into the error, over the number of draws; measured on real heads
+PRIOR = 0.5  # draws that the variance expected from estimates counts for; measured on real heads, too
+TAIL = 3.0  # kurtosis that a draw brings into the error, over the number of draws; measured on real heads
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,13 @@ class Sampled:
     def _attend(
         self, visible: Visible, values: Values, queries: np.ndarray, limits: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counters]:
-        """queries (g, rows, G, d) float64, limits (g, rows) -> output (h, rows, dv), lse, moments (h, rows, 3)."""
+        """queries (g, rows, G, d) float64, limits (g, rows) -> output (h, rows, dv), lse, moments (h, rows, 5).
+
+        The moments are those of `sampled_numba.merge`, and what estimates let expect of the first two of them.
+        """
         index, scale = visible.index, visible.scale
         g, rows, heads, _ = queries.shape
+        limits = np.ascontiguousarray(limits)
         keys = visible.held.keys
         lifted = values.lifted(keys[:, : index.n], queries, scale, self.bytes_per_key)
         stop = np.minimum((limits - self.recent) // KEYS * KEYS, lifted.n)
@@ -142,35 +147,44 @@ class Sampled:
         drawn = draw.ids, draw.pis, draw.counts
         sampled_numba.attend_drawn(*cache, near, scale, *drawn, get_num_threads(), sums, vectors)
         output, lse = np.empty((g, rows, heads, width)), np.empty((g, rows, heads))
-        moments = np.empty((g, rows, heads, 3))
-        sampled_numba.merge(sums, vectors, centre, units, draw.excess, output, lse, moments)
+        moments = np.empty((g, rows, heads, 5))
+        sampled_numba.merge(sums, vectors, centre, units, draw.variance, output, lse, moments)
+        with np.errstate(divide="ignore"):
+            expected = np.log(draw.variance[..., :1]) + 2 * (draw.thresholds - lse)
+        moments[..., 3] = np.exp(expected - 2 * np.log(values.distance)[:, None, None])
+        moments[..., 4] = np.exp(expected)
         sampled = spans[..., 1] - spans[..., 0]
         read = draw.counts.sum(axis=2) + limits - sampled
         scanned, visited = (np.repeat(count, heads, axis=0) for count in (read, sampled))
-        by_head = [np.moveaxis(part, 2, 1).reshape(g * heads, rows, -1) for part in (output, lse, moments)]
-        return by_head[0], by_head[1][..., 0], by_head[2], Counters(scanned, visited, scanned)
+        by_head = [part.swapaxes(1, 2).reshape(g * heads, rows, *part.shape[3:]) for part in (output, lse, moments)]
+        return by_head[0], by_head[1], by_head[2], Counters(scanned, visited, scanned)
 
     def _certify(
         self, output: np.ndarray, lse: np.ndarray, moments: np.ndarray, error: np.ndarray, values: Values, dtype: str
     ) -> Certificate:
-        """output (h, rows, dv), moments (h, rows, 3), score rounding (h, rows) -> bounds at the stated confidence.
+        """output (h, rows, dv), moments (h, rows, 5), score rounding (h, rows) -> bounds at the stated confidence.
 
         The squared error of the output is a sum over the values' principal directions: a chi-squared variable of about
-        ``values.directions`` degrees of freedom, fewer where few draws carry it.
+        ``values.directions`` degrees of freedom, fewer where few draws carry it.  What the draws say of its mean counts
+        by their number, what the estimates let expect counts as PRIOR draws: no draw at all does not mean no error.
         """
         repeat = len(output) // len(values.radius)
         directions, centre, radius = (
             np.repeat(part, repeat, axis=0) for part in (values.directions, values.centre, values.radius)
         )
-        freedom = 1 / (1 / directions[:, None] + TAIL / (2 * moments[..., 2]))
-        spread = np.sqrt(moments[..., 1] * gammaincinv(freedom / 2, self.confidence) * 2 / freedom)
+        draws = moments[..., 2]
+        variance, square = (draws * moments[..., i] + PRIOR * moments[..., i + 3] for i in (0, 1))
+        freedom = 1 / (1 / directions[:, None] + TAIL / (2 * (draws + PRIOR)))
+        spread = np.sqrt(square / (draws + PRIOR) * gammaincinv(freedom / 2, self.confidence) * 2 / freedom)
         reach = np.sqrt(((output - centre[:, None]) ** 2).sum(axis=2)) + radius[:, None]
         size = np.sqrt((output**2).sum(axis=2))
         moved = np.minimum(np.expm1(2 * (error + sampled_numba.ROUNDING)), 1.0)
         casting = ROUNDING[dtype] * size * (1 + 1e-6) + SMALLEST[dtype] * np.sqrt(output.shape[2])
-        bound = spread + moved * reach + casting
+        summing = 16 * UNIT * (np.sqrt((centre**2).sum(axis=1)) + radius)[:, None]
+        bound = spread + moved * reach + summing + casting
         left = size - bound
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(bound == 0, 0.0, np.where(left > 0, bound / left, np.inf))
-        lse_error = ndtri((1 + self.confidence) / 2) * np.sqrt(moments[..., 0]) + error + sampled_numba.ROUNDING
+        doubt = ndtri((1 + self.confidence) / 2) * np.sqrt(variance / (draws + PRIOR))
+        lse_error = doubt + error + sampled_numba.ROUNDING
         return Certificate("statistical", np.full(lse.shape, np.nan), bound, ratio, lse_error, self.confidence)

@@ -192,12 +192,13 @@ def attend_drawn(keys, values, centre, units, queries, scale, ids, pis, counts, 
 
 
 @njit(cache=True)
-def merge(scalars, vectors, centre, units, excess, output, lse, moments):
+def merge(scalars, vectors, centre, units, variance, output, lse, moments):
     """Parts -> output (g, rows, G, dv), lse (g, rows, G), moments (g, rows, G, 3).
 
     Moments: the variance of the weights' sum relative to its square; the mean squared error of the output; how many
-    draws carry it, ``(sum of a |v - c|^2)^2 / sum of squares``.  ``excess`` (g, rows) is by how much independent draws
-    would vary more in number than these did: that part of the variance, at the mean weight of a draw, is taken off.
+    draws carry it, ``(sum of a |v - c|^2)^2 / sum of squares``.  By as much as independent draws would vary more in
+    number than these did, variance (g, rows, 2), the first two are lowered: at the mean weight, and mean value, of a
+    draw.
     """
     g, rows, parts, heads, _ = scalars.shape
     width = vectors.shape[5]
@@ -219,15 +220,19 @@ def merge(scalars, vectors, centre, units, excess, output, lse, moments):
                 shift[t] += fade * vectors[head, row, part, h, 0, t]
                 spread[t] += fade * fade * vectors[head, row, part, h, 1, t]
         total = sums[TOTAL]
-        square = cross = 0.0
+        square = cross = common = 0.0
         for t in range(width):
             shift[t] /= total
             output[head, row, h, t] = (centre[head, t] + shift[t]) / units[head]
             square += shift[t] * shift[t]
             cross += shift[t] * spread[t]
+            common += (spread[t] - shift[t] * sums[RISK]) ** 2
+        excess = variance[head, row, 0] - variance[head, row, 1]
         typical = sums[CHANCE_WEIGHT] / sums[CHANCE] if sums[CHANCE] > 0.0 else 0.0
         lse[head, row, h] = top + np.log(total)
-        moments[head, row, h, 0] = max(sums[RISK] - typical**2 * excess[head, row], 0.0) / total**2
-        far = max(sums[FAR] - 2.0 * cross + square * sums[RISK], 0.0) / total**2
-        moments[head, row, h, 1] = far / np.float64(units[head]) ** 2
-        moments[head, row, h, 2] = sums[FAR] ** 2 / sums[FAR_SQUARED] if sums[FAR_SQUARED] > 0.0 else np.inf
+        far = sums[FAR] - 2.0 * cross + square * sums[RISK]
+        if sums[RISK] > 0.0:
+            far -= typical**2 * excess * common / sums[RISK] ** 2
+        moments[head, row, h, 0] = max(sums[RISK] - typical**2 * excess, 0.0) / total**2
+        moments[head, row, h, 1] = max(far, 0.0) / (total * np.float64(units[head])) ** 2
+        moments[head, row, h, 2] = sums[FAR] ** 2 / sums[FAR_SQUARED] if sums[FAR_SQUARED] > 0.0 else sums[CHANCE]

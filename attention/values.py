@@ -34,7 +34,8 @@ class Values:
         self._n = array.shape[1]
         self.centre = array.mean(axis=1, dtype=np.float64)  # (g, dv)
         self.radius = self._reach(array)  # (g,)
-        self._lift, self._floor, self._lifts = np.empty((len(array), 0)), np.zeros((len(array), 1)), 0
+        self._lift, self._lifts = np.empty((len(array), 0)), 0
+        self.distance = np.maximum(self._distance(array).mean(axis=1), TINY)  # (g,) of the first values from the centre
         self._directions, self._surveyed = np.ones(len(array)), 0
         self._lifted: dict[tuple[float, int], Lifted] = {}
 
@@ -58,9 +59,9 @@ class Values:
             first = self._lifts if self._lifts >= FEW else 0
             distance = self._distance(self.array[:, first:])
             if not first:
-                self._floor = NEAR * distance.mean(axis=1, keepdims=True) + TINY
+                self.distance = np.maximum(distance.mean(axis=1), TINY)
             self._lift = with_room(self._lift, first, self._n)
-            self._lift[:, first : self._n] = np.log(np.maximum(distance, self._floor))
+            self._lift[:, first : self._n] = np.log(np.maximum(distance, NEAR * self.distance[:, None]))
             self._lifts = self._n
         return self._lift
 

@@ -44,7 +44,8 @@ class Draw(NamedTuple):
     ids: np.ndarray  # (g, rows, n) int32
     pis: np.ndarray  # (g, rows, n) float32, in (0, 1]
     counts: np.ndarray  # (g, rows, chunks) int64
-    excess: np.ndarray  # (g, rows) by how much the variance of their number is below that of independent draws
+    variance: np.ndarray  # (g, rows, 2) of their number: what it would be for independent draws, and what it is
+    thresholds: np.ndarray  # (g, rows, G), T in nats
 
 
 class Lifted:
@@ -132,17 +133,18 @@ class Lifted:
         g, rows, heads, _ = queries.shape
         chunks = -(-self.n // CHUNK)
         estimates, ids, pis = self._scratch.of(g, rows, heads, self.n)
-        counts, excess = np.zeros((g, rows, chunks), np.int64), np.zeros((g, rows, chunks))
-        if chunks:
-            lse, base = self._estimate(queries, spans, estimates)
-            if eps is not None:
-                thresholds = np.logaddexp(lse, known - base) + 2 * np.log(eps)
-            else:
-                thresholds = _spend(estimates, spans, lse, float(budget or 0))
-            lifted_numba.draw(
-                estimates, thresholds, spans, generators, systematic, get_num_threads(), ids, pis, counts, excess
-            )
-        return Draw(ids, pis, counts, excess.sum(axis=2))
+        counts, variances = np.zeros((g, rows, chunks), np.int64), np.zeros((g, rows, chunks, 2))
+        if not chunks:
+            return Draw(ids, pis, counts, variances.sum(axis=2), known)
+        lse, base = self._estimate(queries, spans, estimates)
+        if eps is not None:
+            thresholds = np.logaddexp(lse, known - base) + 2 * np.log(eps)
+        else:
+            thresholds = _spend(estimates, spans, lse, float(budget or 0))
+        lifted_numba.draw(
+            estimates, thresholds, spans, generators, systematic, get_num_threads(), ids, pis, counts, variances
+        )
+        return Draw(ids, pis, counts, variances.sum(axis=2), thresholds + base)
 
     def _estimate(self, queries: np.ndarray, spans: np.ndarray, estimates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Fill estimates (g, rows, G, n) of lifted scores less their base; their log-sum-exp and base (g, rows, G)."""
@@ -150,7 +152,7 @@ class Lifted:
         asked = np.zeros((g, rows, -(-heads // QUERIES) * QUERIES, queries.shape[3] + 1))  # whole tiles
         asked[:, :, :heads] = self._asked(queries)
         coded = self.coder.prepare(asked.reshape(g, -1, asked.shape[3]))
-        slope, base = (part.reshape(g, rows, -1)[..., :heads] for part in (coded.sigma, coded.base))
+        slope, base = (part.reshape(asked.shape[:3])[..., :heads] for part in (coded.sigma, coded.base))
         tops, totals = np.empty((2, g, rows, -(-n // CHUNK), heads))
         words = np.array(self.coder.layout.words)
         lifted_numba.estimate(self._codes, words, coded.tiles, slope, spans, get_num_threads(), estimates, tops, totals)

@@ -58,9 +58,9 @@ def report(draw: Draw, head: int, row: int) -> tuple[np.ndarray, np.ndarray]:
 def drawn(case: Scored, systematic: bool, threads: int = 2) -> Draw:
     g, rows, _, n = case.estimates.shape
     ids, pis = np.empty((g, rows, n), np.int32), np.empty((g, rows, n), np.float32)
-    counts, excess = np.empty((g, rows, len(chunked(n))), np.int64), np.empty((g, rows, len(chunked(n))))
-    lifted_numba.draw(*case, systematic, threads, ids, pis, counts, excess)
-    return Draw(ids, pis, counts, excess.sum(axis=2))
+    counts, variances = np.empty((g, rows, len(chunked(n))), np.int64), np.empty((g, rows, len(chunked(n)), 2))
+    lifted_numba.draw(*case, systematic, threads, ids, pis, counts, variances)
+    return Draw(ids, pis, counts, variances.sum(axis=2), case.thresholds)
 
 
 @given(case=scored(), systematic=st.booleans())
@@ -77,8 +77,8 @@ def test_a_draw_is_that_of_the_reference(case: Scored, systematic: bool) -> None
         assert any(np.array_equal(ids, wanted) for wanted in near)
         independent, blocks = (chances * (1 - chances)).sum(), np.add.reduceat(chances, np.arange(0, len(chances), 64))
         part = blocks % 1
-        spared = independent - (part * (1 - part)).sum() if systematic else 0.0
-        assert found.excess[head, row] == pytest.approx(spared, abs=1e-3)
+        own = (part * (1 - part)).sum() if systematic else independent
+        assert found.variance[head, row] == pytest.approx([independent, own], abs=1e-3)
         if systematic:
             counts = np.bincount(ids // 64, minlength=len(blocks))
             assert (np.abs(counts - blocks) < 1 + 1e-4).all()
@@ -213,7 +213,7 @@ def test_a_budget_of_all_keys_reports_them_for_sure() -> None:
     ids, pis = report(found, 1, 1)
     assert np.array_equal(ids, np.arange(320))
     assert (pis == 1).all()
-    assert (found.excess == 0).all()
+    assert (found.variance == 0).all()
     assert LOWEST > lifted_numba.NONE
 
 
