@@ -9,17 +9,18 @@ from numba import get_num_threads
 
 from attention import sampled_numba
 from attention.result import UNIT, Counters, Result, certify, joined
+from attention.sampled import TASKS
 from attention.values import Values
 from attention.weights import Softmax
 from hsr.coded_scan import KEYS
 from hsr.errors import ArgumentError
+from hsr.lifted import LARGEST
+from hsr.lifted_numba import CHUNK
 
 if TYPE_CHECKING:
     from attention.policies import Certified, Visible
 
 SCORES = 1 << 26  # most bounded scores held at once
-LARGEST = 1e20  # of a scaled score, in nats: float32 holds its estimates
-PARTS = 8  # tasks per thread that attend to listed keys
 
 
 def attend(policy: Certified, visible: Visible, values: Values) -> Result:
@@ -64,36 +65,27 @@ def _attend(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counters]:
     """queries (g, rows, G, d), limits (g, rows) -> output (h, rows, dv), lse, log_dropped (h, rows), work."""
     index, scale = visible.index, visible.scale
-    g, rows, heads, d = queries.shape
-    keys = index.keys.reshape(g, index.n, d)
+    g, rows, heads, _ = queries.shape
+    limits = np.ascontiguousarray(limits)
+    keys = visible.held.keys
     assert policy.bytes_per_key is not None
-    codes = values.bounded(keys, queries, policy.bytes_per_key, policy.delta, policy.seed)
+    codes = values.bounded(keys[:, : index.n], queries, policy.bytes_per_key, policy.delta, policy.seed)
     stop = np.minimum((limits - policy.recent) // KEYS * KEYS, codes.n)
     spans = np.where((stop > policy.sinks)[..., None], np.stack([np.full_like(stop, policy.sinks), stop], axis=2), 0)
-    parts = 1 + -(-PARTS * get_num_threads() // max(g * rows, 1))
+    parts = 1 + min(-(-TASKS // max(g * rows, 1)), -(-codes.n // CHUNK))
     width = values.array.shape[2]
     sums = np.empty((g, rows, parts, heads, sampled_numba.SUMS))
     vectors, known = np.empty((g, rows, parts, heads, 2, width)), np.empty((g, rows, heads))
-    near, centre = np.ascontiguousarray(queries), values.centre.astype(values.array.dtype)
-    flat = np.zeros((g, index.n))
-    sampled_numba.attend_certain(keys, values.array, flat, centre, near, scale, spans, limits, sums, vectors, known)
+    near, units = np.ascontiguousarray(queries), values.unit
+    centre = (values.centre * units[:, None]).astype(units.dtype)
+    cache = keys, values.store, centre, units
+    sampled_numba.attend_certain(*cache, np.zeros(keys.shape[:2]), near, scale, spans, limits, sums, vectors, known)
     listing = codes.select(queries, spans, known, scale, policy.eps)
-    sampled_numba.attend_drawn(
-        keys,
-        values.array,
-        centre,
-        near,
-        scale,
-        listing.ids,
-        listing.pis,
-        listing.counts,
-        get_num_threads(),
-        sums,
-        vectors,
-    )
+    listed = listing.ids, listing.pis, listing.counts
+    sampled_numba.attend_drawn(*cache, near, scale, *listed, get_num_threads(), sums, vectors)
     output, lse = np.empty((g, rows, heads, width)), np.empty((g, rows, heads))
-    moments = np.empty((g, rows, heads, 3))
-    sampled_numba.merge(sums, vectors, centre, np.zeros((g, rows)), output, lse, moments)
+    certain = np.zeros((g, rows, 2))  # nothing is left to chance
+    sampled_numba.merge(sums, vectors, centre, units, certain, output, lse, np.empty((g, rows, heads, 5)))
     coded = spans[..., 1] - spans[..., 0]
     kept = listing.counts.sum(axis=2) + limits - coded
     scanned, visited = (np.repeat(count, heads, axis=0) for count in (kept, coded))

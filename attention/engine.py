@@ -48,6 +48,19 @@ class Plan:
         if self.scale is not None:
             checks.real("scale", self.scale, np.nextafter(0, 1), np.inf)
 
+    def index(self, keys: Any, method: str) -> HSRIndex:
+        """The index over keys (g, n, d); for "auto" the policy may have a method of its own."""
+        return HSRIndex(keys, getattr(self.policy, "method", method) if method == "auto" else method)
+
+    def calibrate(self, queries: Any, index: HSRIndex, values: Values) -> None:
+        """Let the policy know queries (h, m, d) like those to come, if it can use them."""
+        known = _checked(queries, index).astype(np.float64)
+        if isinstance(self.policy, Sampled | Certified):
+            self.policy.calibrate(index, values, known, self._scale(index))
+
+    def _scale(self, index: HSRIndex) -> float:
+        return 1 / math.sqrt(index.d) if self.scale is None else float(self.scale)
+
     def attend(self, q: Any, index: HSRIndex, values: Values, limits: np.ndarray) -> Result:
         """q (h, m, d), index over (g, n, d), values of (g, n, dv), limits (h, m) -> Result (h, m), output float64."""
         if values.array.shape[:2] != (index.heads, index.n) or values.dtype != index.dtype:
@@ -55,7 +68,7 @@ class Plan:
                 f"v must be ({index.heads}, {index.n}, dv) of {index.dtype} to match keys; "
                 f"got {values.array.shape} of {values.dtype}"
             )
-        scale = 1 / np.sqrt(index.d) if self.scale is None else float(self.scale)
+        scale = self._scale(index)
         queries = _checked(q, index).astype(np.float64)
         visible = Visible(index, q, queries, limits, scale)
         error = visible.score_error()

@@ -10,11 +10,12 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from attention.probe_numba import lse_floor
+from attention.values import Values
 from hsr import HSRIndex, Report, checks
 from hsr.errors import ArgumentError
 from hsr.roster import Held
@@ -51,7 +52,10 @@ class Selection(NamedTuple):
 
 
 class Policy(Protocol):
-    """Chooses the keys of softmax attention."""
+    """Chooses the keys of softmax attention.
+
+    One that has an attribute ``method`` names the index method that "auto" then means for it.
+    """
 
     def select(self, visible: Visible) -> Selection:
         """Report keys for every query, with a bound on what was left out."""
@@ -61,6 +65,8 @@ class Policy(Protocol):
 @dataclass(frozen=True)
 class Dense:
     """Every visible key: the exact output, and the baseline."""
+
+    method: ClassVar[str] = "brute"  # no structure helps
 
     def select(self, visible: Visible) -> Selection:
         """Report the half-space at -inf."""
@@ -150,6 +156,19 @@ class Certified:
         if checks.real("delta", self.delta, 0.0, 1.0) and self.bytes_per_key is None:
             raise ArgumentError(f"delta must be 0 without bytes_per_key; got {self.delta}")
         checks.whole("seed", self.seed, 0, 2**63 - 1)
+
+    @property
+    def method(self) -> str:
+        """Index method that "auto" means: codes need no structure."""
+        return "auto" if self.bytes_per_key is None else "brute"
+
+    def calibrate(self, index: HSRIndex, values: Values, queries: np.ndarray, scale: float) -> None:
+        """Code the keys, where codes are asked for, in the metric of queries (h, m, d) float64 like those to come."""
+        if self.bytes_per_key is not None:
+            grouped = queries.reshape(index.heads, -1, *queries.shape[1:])
+            values.bounded(
+                index.keys.reshape(index.heads, -1, index.d), grouped, self.bytes_per_key, self.delta, self.seed
+            )
 
     def select(self, visible: Visible) -> Selection:
         """Report the half-space at T."""

@@ -10,7 +10,6 @@ from attention.result import Result, joined
 from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
-from hsr import HSRIndex
 
 PAIRS = 1 << 24  # (row, key) pairs attended at a time, over all heads: bounds the memory of a report
 
@@ -47,7 +46,7 @@ def prefill(
     plan = Plan(weight, policy, scale)
     queries, keys, values = fold("q", q), fold("k", k), fold("v", v)
     limits = prompt_limits(q, k, causal)
-    index, kept = HSRIndex(keys, method), Values(values)
+    index, kept = plan.index(keys, method), Values(values)
     heads, m = limits.shape
     step = max(1, PAIRS // (heads * index.n))
     blocks = [slice(first, first + step) for first in range(0, max(m, 1), step)]

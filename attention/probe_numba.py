@@ -42,7 +42,7 @@ def _probe(keys, dead, queries, limits, scale, sinks, recent, spread, lse):
 
 
 def lse_floor(held: Held, queries: np.ndarray, scale: float, sinks: int, recent: int, spread: int) -> np.ndarray:
-    """held keys (g, s, d), limits (h, m), queries (h, m, d) float64 -> at most the LSE (h, m) of the living keys.
+    """held keys (g, capacity, d), queries (h, m, d) float64 -> at most the LSE (h, m) of the living keys.
 
     Scored are those that live of the first ``sinks`` keys held, the last ``recent``, and ``spread`` evenly spaced
     between: where attention mass usually lies.  A row that scores none gives -inf.

@@ -85,3 +85,37 @@ def attend(
                 above = np.ldexp(np.maximum(s - weight.b, 0) + error[row], power)
                 slope[row] = np.ldexp((weight.alpha * above ** (weight.alpha - 1)).sum() / total, power)
     return output, lse, slope
+
+
+def attend_weighted(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    pis: np.ndarray,
+    centre: np.ndarray,
+    excess: float,
+    scale: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q (G, d), and of the drawn keys k (t, d), v (t, dv), pi (t,) -> output (G, dv), lse (G,), moments (G, 3).
+
+    Key j weighs ``exp(s_j) / pi_j``.  The moments are as `attention.sampled_numba.merge` has them, centre (dv,).
+    """
+    scores = scale * q.astype(np.float64) @ k.astype(np.float64).T
+    shift = scores.max(axis=1, keepdims=True)
+    weights = np.exp(scores - shift) / pis
+    total = weights.sum(axis=1)
+    shares = weights / total[:, None]
+    far = v.astype(np.float64) - centre
+    off = shares @ far
+    risks = (1 - pis) * shares**2
+    draws = (1 - pis).sum()
+    typical = ((1 - pis) * shares).sum(axis=1) / draws if draws > 0 else np.zeros(len(q))
+    squares = ((far / (np.abs(far).max() or 1.0)) ** 2).sum(axis=1)
+    variance = np.maximum(risks.sum(axis=1) - typical**2 * excess, 0)
+    apart = far - off[:, None]  # (G, t, dv)
+    risk = risks.sum(axis=1, keepdims=True)
+    mean = np.divide(np.einsum("gt,gtd->gd", risks, apart), risk, out=np.zeros_like(off), where=risk > 0)
+    spread = (risks[:, :, None] * apart**2).sum(axis=(1, 2)) - typical**2 * excess * (mean**2).sum(axis=1)
+    fourth = ((risks * squares) ** 2).sum(axis=1)
+    carrying = np.divide((risks @ squares) ** 2, fourth, out=np.full(len(q), draws), where=fourth > 0)
+    return centre + off, np.log(total) + shift[:, 0], np.stack([variance, np.maximum(spread, 0), carrying], axis=1)

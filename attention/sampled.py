@@ -5,27 +5,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numba import get_num_threads
 from scipy.special import gammaincinv, ndtri
 
 from attention import sampled_numba
-from attention.result import ROUNDING, SMALLEST, Certificate, Counters, Result, joined
+from attention.result import ROUNDING, SMALLEST, UNIT, Certificate, Counters, Result, joined
 from attention.values import Values
-from hsr import checks
+from hsr import HSRIndex, checks
 from hsr.coded_scan import KEYS
 from hsr.errors import ArgumentError
-from hsr.lifted_numba import generators
+from hsr.lifted import LARGEST
+from hsr.lifted_numba import CHUNK, generators
 
 if TYPE_CHECKING:
     from attention.policies import Visible
 
 DRAWS = ("systematic", "independent")
-PARTS = 8  # tasks per thread that attend to drawn keys
+TASKS = 64  # into which attending to drawn keys is cut, however many threads there are: sums are always the same
 ESTIMATES = 1 << 26  # most estimated scores held at once
-TAIL = 4.0  # kurtosis that a draw brings into the error, over the number of draws; measured on real heads
+PRIOR = 0.5  # draws that the variance expected from estimates counts for; measured on real heads, too
+TAIL = 3.0  # kurtosis that a draw brings into the error, over the number of draws; measured on real heads
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Sampled:
 
     Source: threshold sampling (Duffield, Lund & Thorup 2007) as half-space reporting one dimension up.
     """
+
+    method: ClassVar[str] = "brute"  # its codes are its own
 
     eps: float | None = None
     budget: float | None = None
@@ -90,6 +94,11 @@ class Sampled:
         assert self.budget is not None
         return dataclasses.replace(self, budget=4 * self.budget) if 4 * self.budget < n else None
 
+    def calibrate(self, index: HSRIndex, values: Values, queries: np.ndarray, scale: float) -> None:
+        """Code the keys for queries (h, m, d) float64 like those to come; else the first ones attended with serve."""
+        grouped = queries.reshape(index.heads, -1, *queries.shape[1:])
+        values.lifted(index.keys.reshape(index.heads, index.n, index.d), grouped, scale, self.bytes_per_key)
+
     def attend(self, visible: Visible, values: Values) -> Result:
         """Sample and attend: Result (h, m), output float64."""
         h, m, d = visible.queries.shape
@@ -97,12 +106,14 @@ class Sampled:
         if visible.index.alive < visible.index.n:
             gone = visible.index.n - visible.index.alive
             raise ArgumentError(f"Sampled needs an index from which nothing was deleted; got one that lost {gone} keys")
+        error = visible.score_error()
+        if error.max(initial=0.0) > LARGEST * ROUNDING["float64"]:
+            raise ArgumentError(f"q and k must have scaled scores below {LARGEST:.0e} for Sampled; got larger ones")
         step = max(1, ESTIMATES // (h * visible.index.n))
         rows = visible.queries.reshape(g, h // g, m, d).transpose(0, 2, 1, 3)  # (g, m, G, d)
         limits = visible.limits.reshape(g, h // g, m)
         assert (limits == limits[:, :1]).all(), "the heads of a group see the same keys"
-        error = visible.score_error()
-        blocks = [slice(first, first + step) for first in range(0, m, step)]
+        blocks = [slice(first, first + step) for first in range(0, max(m, 1), step)]
         found = [self._attend(visible, values, rows[:, block], limits[:, 0, block]) for block in blocks]
         results = []
         for block, (output, lse, moments, counters) in zip(blocks, found, strict=True):
@@ -113,22 +124,25 @@ class Sampled:
     def _attend(
         self, visible: Visible, values: Values, queries: np.ndarray, limits: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counters]:
-        """queries (g, rows, G, d) float64, limits (g, rows) -> output (h, rows, dv), lse, moments (h, rows, 3)."""
+        """queries (g, rows, G, d) float64, limits (g, rows) -> output (h, rows, dv), lse, moments (h, rows, 5).
+
+        The moments are those of `sampled_numba.merge`, and what estimates let expect of the first two of them.
+        """
         index, scale = visible.index, visible.scale
-        g, rows, heads, d = queries.shape
-        keys = index.keys.reshape(g, index.n, d)
-        lifted = values.lifted(keys, queries, scale, self.bytes_per_key)
-        start = np.minimum(self.sinks, limits)
-        stop = np.clip((limits - self.recent) // KEYS * KEYS, start, max(lifted.n, self.sinks))
-        spans = np.stack([start, np.where(stop > lifted.n, start, stop)], axis=2)
-        parts = 1 + -(-PARTS * get_num_threads() // (g * rows))
+        g, rows, heads, _ = queries.shape
+        limits = np.ascontiguousarray(limits)
+        keys = visible.held.keys
+        lifted = values.lifted(keys[:, : index.n], queries, scale, self.bytes_per_key)
+        stop = np.minimum((limits - self.recent) // KEYS * KEYS, lifted.n)
+        spans = np.where((stop > self.sinks)[..., None], np.stack([np.full_like(stop, self.sinks), stop], axis=2), 0)
+        parts = 1 + min(-(-TASKS // max(g * rows, 1)), -(-lifted.n // CHUNK))
         width = values.array.shape[2]
         sums = np.empty((g, rows, parts, heads, sampled_numba.SUMS))
         vectors, known = np.empty((g, rows, parts, heads, 2, width)), np.empty((g, rows, heads))
-        near, centre = np.ascontiguousarray(queries), values.centre.astype(values.array.dtype)
-        sampled_numba.attend_certain(
-            keys, values.array, values.lift, centre, near, scale, spans, limits, sums, vectors, known
-        )
+        near, units = np.ascontiguousarray(queries), values.unit
+        centre = (values.centre * units[:, None]).astype(units.dtype)
+        cache = keys, values.store, centre, units
+        sampled_numba.attend_certain(*cache, values.lift, near, scale, spans, limits, sums, vectors, known)
         draw = lifted.draw(
             queries,
             spans,
@@ -138,39 +152,47 @@ class Sampled:
             generators=generators(self.seed, limits if self.redraw else np.zeros_like(limits)),
             systematic=self.draw == "systematic",
         )
-        sampled_numba.attend_drawn(
-            keys, values.array, centre, near, scale, draw.ids, draw.pis, draw.counts, get_num_threads(), sums, vectors
-        )
+        drawn = draw.ids, draw.pis, draw.counts
+        sampled_numba.attend_drawn(*cache, near, scale, *drawn, get_num_threads(), sums, vectors)
         output, lse = np.empty((g, rows, heads, width)), np.empty((g, rows, heads))
-        moments = np.empty((g, rows, heads, 3))
-        sampled_numba.merge(sums, vectors, centre, draw.excess, output, lse, moments)
+        moments = np.empty((g, rows, heads, 5))
+        sampled_numba.merge(sums, vectors, centre, units, draw.variance, output, lse, moments)
+        with np.errstate(divide="ignore"):
+            expected = np.log(draw.variance[..., :1]) + 2 * (draw.thresholds - lse)
+        moments[..., 3] = np.exp(expected - 2 * np.log(values.distance)[:, None, None])
+        moments[..., 4] = np.exp(expected)
         sampled = spans[..., 1] - spans[..., 0]
-        drawn = draw.counts.sum(axis=2) + limits - sampled
-        scanned, visited = (np.repeat(count, heads, axis=0) for count in (drawn, sampled))
-        by_head = [np.moveaxis(part, 2, 1).reshape(g * heads, rows, -1) for part in (output, lse, moments)]
-        return by_head[0], by_head[1][..., 0], by_head[2], Counters(scanned, visited, scanned)
+        read = draw.counts.sum(axis=2) + limits - sampled
+        scanned, visited = (np.repeat(count, heads, axis=0) for count in (read, sampled))
+        by_head = [part.swapaxes(1, 2).reshape(g * heads, rows, *part.shape[3:]) for part in (output, lse, moments)]
+        return by_head[0], by_head[1], by_head[2], Counters(scanned, visited, scanned)
 
     def _certify(
         self, output: np.ndarray, lse: np.ndarray, moments: np.ndarray, error: np.ndarray, values: Values, dtype: str
     ) -> Certificate:
-        """output (h, rows, dv), moments (h, rows, 3), score rounding (h, rows) -> bounds at the stated confidence.
+        """output (h, rows, dv), moments (h, rows, 5), score rounding (h, rows) -> bounds at the stated confidence.
 
         The squared error of the output is a sum over the values' principal directions: a chi-squared variable of about
-        ``values.directions`` degrees of freedom, fewer where few draws carry it.
+        ``values.directions`` degrees of freedom, fewer where few draws carry it.  What the draws say of its mean counts
+        by their number, what the estimates let expect counts as PRIOR draws: no draw at all does not mean no error.
         """
         repeat = len(output) // len(values.radius)
         directions, centre, radius = (
             np.repeat(part, repeat, axis=0) for part in (values.directions, values.centre, values.radius)
         )
-        freedom = 1 / (1 / directions[:, None] + TAIL / (2 * moments[..., 2]))
-        spread = np.sqrt(moments[..., 1] * gammaincinv(freedom / 2, self.confidence) * 2 / freedom)
+        draws = moments[..., 2]
+        variance, square = (draws * moments[..., i] + PRIOR * moments[..., i + 3] for i in (0, 1))
+        freedom = 1 / (1 / directions[:, None] + TAIL / (2 * (draws + PRIOR)))
+        spread = np.sqrt(square / (draws + PRIOR) * gammaincinv(freedom / 2, self.confidence) * 2 / freedom)
         reach = np.sqrt(((output - centre[:, None]) ** 2).sum(axis=2)) + radius[:, None]
         size = np.sqrt((output**2).sum(axis=2))
         moved = np.minimum(np.expm1(2 * (error + sampled_numba.ROUNDING)), 1.0)
         casting = ROUNDING[dtype] * size * (1 + 1e-6) + SMALLEST[dtype] * np.sqrt(output.shape[2])
-        bound = spread + moved * reach + casting
+        summing = 16 * UNIT * (np.sqrt((centre**2).sum(axis=1)) + radius)[:, None]
+        bound = spread + moved * reach + summing + casting
         left = size - bound
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(bound == 0, 0.0, np.where(left > 0, bound / left, np.inf))
-        lse_error = ndtri((1 + self.confidence) / 2) * np.sqrt(moments[..., 0]) + error + sampled_numba.ROUNDING
+        doubt = ndtri((1 + self.confidence) / 2) * np.sqrt(variance / (draws + PRIOR))
+        lse_error = doubt + error + sampled_numba.ROUNDING
         return Certificate("statistical", np.full(lse.shape, np.nan), bound, ratio, lse_error, self.confidence)

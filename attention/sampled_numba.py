@@ -47,7 +47,7 @@ def _add(vector, weights, risks, c, sums, spreads):
 @njit(cache=True)
 def _absorb(ids, pis, cache, query, tools, scalars, vectors):
     """Add the listed keys, at most 64 of them, to a part: scalars (G, SUMS), vectors (G, 2, dv) float64."""
-    keys, values, centre, scale = cache
+    keys, values, centre, unit, scale = cache
     scores, x, bits, weights, risks, vector, sums, spreads = tools
     size, heads = len(ids), len(query)
     powers = bits.view(np.float32)
@@ -87,7 +87,7 @@ def _absorb(ids, pis, cache, query, tools, scalars, vectors):
     sums[:], spreads[:] = 0.0, 0.0
     for c in range(size):
         for t in range(len(vector)):
-            vector[t] = values[ids[c], t] - centre[t]
+            vector[t] = values[ids[c], t] * unit - centre[t]
         square = _add(vector, weights, risks, c, sums, spreads)
         for h in range(heads):
             far = np.float64(risks[h, c]) * np.float64(square)
@@ -97,6 +97,18 @@ def _absorb(ids, pis, cache, query, tools, scalars, vectors):
         for t in range(len(vector)):
             vectors[h, 0, t] += sums[h, t]
             vectors[h, 1, t] += spreads[h, t]
+
+
+@njit(cache=True)
+def _log_add(lse, scores, lift, ids):
+    """A log-sum-exp, with that of the lifted scores (t,) of some keys."""
+    top = lse
+    for c in range(len(scores)):
+        top = max(top, scores[c] + lift[ids[c]])
+    total = np.exp(lse - top)
+    for c in range(len(scores)):
+        total += np.exp(scores[c] + lift[ids[c]] - top)
+    return top + np.log(total)
 
 
 @njit(cache=True)
@@ -115,18 +127,19 @@ def _tools(heads, width, like):
 
 
 @njit(parallel=True, cache=True)
-def attend_certain(keys, values, lift, centre, queries, scale, spans, limits, scalars, vectors, lifted):
+def attend_certain(keys, values, centre, units, lift, queries, scale, spans, limits, scalars, vectors, lifted):
     """The keys before and after each row's span, with pi = 1: part 0 of the row.
 
-    keys (g, n, d), values (g, n, dv), lift (g, n), centre (g, dv), queries (g, rows, G, d) float64; spans (g, rows, 2)
-    and limits (g, rows): keys 0 .. start - 1 and stop .. limit - 1.  Fills scalars (g, rows, parts, G, SUMS), vectors
-    (g, rows, parts, G, 2, dv) and lifted (g, rows, G), the log-sum-exp of ``score + lift``.
+    keys (g, n, d), values (g, n, dv), centre (g, dv) times units (g,), by which values are multiplied; lift (g, n);
+    queries (g, rows, G, d) float64; spans (g, rows, 2) and limits (g, rows): keys 0 .. start - 1 and stop .. limit - 1.
+    Fills scalars (g, rows, parts, G, SUMS), vectors (g, rows, parts, G, 2, dv) and lifted (g, rows, G), the
+    log-sum-exp of ``score + lift``.
     """
     g, rows, heads, _ = queries.shape
     for task in prange(g * rows):
         head, row = task // rows, task % rows
         tools = _tools(heads, values.shape[2], values)
-        cache = keys[head], values[head], centre[head], scale
+        cache = keys[head], values[head], centre[head], units[head], scale
         start, stop = spans[head, row]
         ids, ones = np.empty(BLOCK, np.int32), np.ones(BLOCK, np.float32)
         part, vector = scalars[head, row, 0], vectors[head, row, 0]
@@ -148,12 +161,11 @@ def attend_certain(keys, values, lift, centre, queries, scale, spans, limits, sc
                 break
             _absorb(ids[:size], ones, cache, queries[head, row], tools, part, vector)
             for h in range(heads):
-                for c in range(size):
-                    lifted[head, row, h] = np.logaddexp(lifted[head, row, h], tools[0][h, c] + lift[head, ids[c]])
+                lifted[head, row, h] = _log_add(lifted[head, row, h], tools[0][h, :size], lift[head], ids)
 
 
 @njit(parallel=True, cache=True)
-def attend_drawn(keys, values, centre, queries, scale, ids, pis, counts, threads, scalars, vectors):
+def attend_drawn(keys, values, centre, units, queries, scale, ids, pis, counts, threads, scalars, vectors):
     """The drawn keys of each row: parts 1 and on, each of every so many chunks.  Arguments as for `attend_certain`."""
     g, rows, heads, _ = queries.shape
     parts, chunks = scalars.shape[2] - 1, counts.shape[2]
@@ -163,7 +175,7 @@ def attend_drawn(keys, values, centre, queries, scale, ids, pis, counts, threads
         block_ids, block_pis = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
         for task in range(thread, tasks, threads):
             head, row, part = task // (rows * parts), task // parts % rows, task % parts + 1
-            cache = keys[head], values[head], centre[head], scale
+            cache = keys[head], values[head], centre[head], units[head], scale
             sums, vector = scalars[head, row, part], vectors[head, row, part]
             sums[:], vector[:] = 0.0, 0.0
             sums[:, TOP] = -np.inf
@@ -180,12 +192,13 @@ def attend_drawn(keys, values, centre, queries, scale, ids, pis, counts, threads
 
 
 @njit(cache=True)
-def merge(scalars, vectors, centre, excess, output, lse, moments):
+def merge(scalars, vectors, centre, units, variance, output, lse, moments):
     """Parts -> output (g, rows, G, dv), lse (g, rows, G), moments (g, rows, G, 3).
 
     Moments: the variance of the weights' sum relative to its square; the mean squared error of the output; how many
-    draws carry it, ``(sum of a |v - c|^2)^2 / sum of squares``.  ``excess`` (g, rows) is by how much independent draws
-    would vary more in number than these did: that part of the variance, at the mean weight of a draw, is taken off.
+    draws carry it, ``(sum of a |v - c|^2)^2 / sum of squares``.  By as much as independent draws would vary more in
+    number than these did, variance (g, rows, 2), the first two are lowered: at the mean weight, and mean value, of a
+    draw.
     """
     g, rows, parts, heads, _ = scalars.shape
     width = vectors.shape[5]
@@ -207,14 +220,19 @@ def merge(scalars, vectors, centre, excess, output, lse, moments):
                 shift[t] += fade * vectors[head, row, part, h, 0, t]
                 spread[t] += fade * fade * vectors[head, row, part, h, 1, t]
         total = sums[TOTAL]
-        square = cross = 0.0
+        square = cross = common = 0.0
         for t in range(width):
             shift[t] /= total
-            output[head, row, h, t] = centre[head, t] + shift[t]
+            output[head, row, h, t] = (centre[head, t] + shift[t]) / units[head]
             square += shift[t] * shift[t]
             cross += shift[t] * spread[t]
+            common += (spread[t] - shift[t] * sums[RISK]) ** 2
+        excess = variance[head, row, 0] - variance[head, row, 1]
         typical = sums[CHANCE_WEIGHT] / sums[CHANCE] if sums[CHANCE] > 0.0 else 0.0
         lse[head, row, h] = top + np.log(total)
-        moments[head, row, h, 0] = max(sums[RISK] - typical**2 * excess[head, row], 0.0) / total**2
-        moments[head, row, h, 1] = max(sums[FAR] - 2.0 * cross + square * sums[RISK], 0.0) / total**2
-        moments[head, row, h, 2] = sums[FAR] ** 2 / sums[FAR_SQUARED] if sums[FAR_SQUARED] > 0.0 else np.inf
+        far = sums[FAR] - 2.0 * cross + square * sums[RISK]
+        if sums[RISK] > 0.0:
+            far -= typical**2 * excess * common / sums[RISK] ** 2
+        moments[head, row, h, 0] = max(sums[RISK] - typical**2 * excess, 0.0) / total**2
+        moments[head, row, h, 1] = max(far, 0.0) / (total * np.float64(units[head])) ** 2
+        moments[head, row, h, 2] = sums[FAR] ** 2 / sums[FAR_SQUARED] if sums[FAR_SQUARED] > 0.0 else sums[CHANCE]

@@ -24,6 +24,7 @@ class DecodeSession:
         v: (g, n, dv) or (B, g, n, dv).
         weight, policy, scale: as for `attention.decode`.
         method: index method, a name of the dispatch table or "auto".
+        queries: (h, m, d) or (B, h, m, d) like those to come, for instance the prompt's: `Sampled` codes keys for them.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit, NaN or infinity, a policy for ReLUPower.
@@ -38,6 +39,7 @@ class DecodeSession:
         policy: Policy | Sampled | None = None,
         scale: float | None = None,
         method: str = "auto",
+        queries: Any = None,
     ) -> None:
         self._plan = Plan(weight, policy, scale)
         keys, values = fold("k", k), Values(fold("v", v))
@@ -46,7 +48,9 @@ class DecodeSession:
             raise ArgumentError(
                 f"v must be {(*k.shape[:-1], 'dv')} of {k.dtype} to match k; got {tuple(v.shape)} of {v.dtype}"
             )
-        self._index, self._values = HSRIndex(keys, method), values
+        self._index, self._values = self._plan.index(keys, method), values
+        if queries is not None:
+            self._plan.calibrate(fold("queries", queries), self._index, values)
 
     @property
     def index(self) -> HSRIndex:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,12 @@ import numpy as np
 from hsr import checks
 from hsr.bounded import Bounded
 from hsr.errors import ArgumentError
+from hsr.growth import with_room
 from hsr.lifted import Lifted
 
 LARGEST = 1e150  # squares of entries, and sums of them, stay finite
-NEAR = 0.1  # times the root mean square distance from the centre: values nearer are sampled as if there
+NEAR = 0.1  # times the mean distance from the centre: values nearer are sampled as if there
+FEW = 64  # values that tell what a mean distance is
 TINY = 1e-150  # where all values coincide
 SAMPLE = 1 << 12  # values whose covariance is taken
 
@@ -34,7 +35,9 @@ class Values:
         self._n = array.shape[1]
         self.centre = array.mean(axis=1, dtype=np.float64)  # (g, dv)
         self.radius = self._reach(array)  # (g,)
-        self._lift = np.empty((len(array), 0))
+        self._lift, self._lifts = np.empty((len(array), 0)), 0
+        self.distance = np.maximum(self._distance(array).mean(axis=1), TINY)  # (g,) of the first values from the centre
+        self._directions, self._surveyed = np.ones(len(array)), 0
         self._lifted: dict[tuple[float, int], Lifted] = {}
         self._bounded: dict[tuple[int, float, int], Bounded] = {}
 
@@ -44,24 +47,47 @@ class Values:
         return self._store[:, : self._n]
 
     @property
-    def lift(self) -> np.ndarray:
-        """(g, n) float64, ``ln ||v_j - centre||``, not much below the typical one: what an attended key can change."""
-        done = self._lift.shape[1]
-        if done < self._n:
-            distance = self._distance(self.array[:, done:])
-            if not done:
-                self._floor = NEAR * np.sqrt((distance**2).mean(axis=1, keepdims=True)) + TINY
-            lift = np.log(np.maximum(distance, self._floor))
-            self._lift = np.concatenate([self._lift, lift], axis=1)
-        return self._lift[:, : self._n]
+    def store(self) -> np.ndarray:
+        """The values and room for more, (g, capacity, dv), C-contiguous."""
+        return self._store
 
-    @cached_property
+    @property
+    def lift(self) -> np.ndarray:
+        """``ln ||v_j - centre||``, not much below the typical one: what an attended key can change.
+
+        (g, capacity) float64, C-contiguous: n of them, and room for more.
+        """
+        if self._lifts < self._n:
+            first = self._lifts if self._lifts >= FEW else 0
+            distance = self._distance(self.array[:, first:])
+            if not first:
+                self.distance = np.maximum(distance.mean(axis=1), TINY)
+            self._lift = with_room(self._lift, first, self._n)
+            self._lift[:, first : self._n] = np.log(np.maximum(distance, NEAR * self.distance[:, None]))
+            self._lifts = self._n
+        return self._lift
+
+    @property
     def directions(self) -> np.ndarray:
-        """(g,) how many principal directions the values spread over: ``tr(C)^2 / tr(C^2)`` of their covariance C."""
-        sample = self.array[:, :: -(-self._n // SAMPLE)] - self.centre[:, None]
-        moment = np.matmul(sample.swapaxes(1, 2), sample)
-        square = (moment**2).sum(axis=(1, 2))
-        return np.divide(np.trace(moment, axis1=1, axis2=2) ** 2, square, out=np.ones(len(square)), where=square > 0)
+        """(g,) how many principal directions the values spread over: ``tr(C)^2 / tr(C^2)`` of their covariance C.
+
+        Taken anew whenever there are twice as many.
+        """
+        if self._n >= 2 * self._surveyed:
+            sample = self.array[:, :: -(-self._n // SAMPLE)] - self.centre[:, None]
+            sample /= np.maximum(self.radius, TINY)[:, None, None]
+            moment = np.matmul(sample.swapaxes(1, 2), sample)
+            square = (moment**2).sum(axis=(1, 2))
+            trace = np.trace(moment, axis1=1, axis2=2)
+            self._directions = np.divide(trace**2, square, out=np.ones(len(square)), where=square > 0)
+            self._surveyed = self._n
+        return self._directions
+
+    @property
+    def unit(self) -> np.ndarray:
+        """(g,) in the values' dtype: powers of two that make the radius about 1, so that squares stay finite."""
+        room = np.finfo(self._store.dtype).maxexp - 8
+        return np.ldexp(np.ones((), self._store.dtype), np.clip(-np.frexp(self.radius)[1], -room, room))
 
     def lifted(self, keys: np.ndarray, queries: np.ndarray, scale: float, bytes_per_key: int) -> Lifted:
         """The codes of keys (g, n, d), lifted by these values; made once, then kept up with the keys.
@@ -98,11 +124,7 @@ class Values:
     def append(self, array: np.ndarray) -> None:
         """Add values that `checked` returned."""
         n = self._n + array.shape[1]
-        if n > self._store.shape[1]:
-            heads, capacity, width = self._store.shape
-            store = np.empty((heads, max(n, 2 * capacity), width), self._store.dtype)
-            store[:, : self._n] = self.array
-            self._store = store
+        self._store = with_room(self._store, self._n, n)
         self._store[:, self._n : n] = array
         self._n = n
         self.radius = np.maximum(self.radius, self._reach(array))

@@ -1,11 +1,11 @@
-"""Queries and keys of SmolLM2-135M reading the essays, after the rotary embedding.
+"""Queries, keys and values of SmolLM2-135M reading the essays, after the rotary embedding.
 
 Nothing here imports torch before it is needed; `missing` says what to install.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,8 +22,9 @@ LAST = 32  # positions whose queries are kept
 class Layer(NamedTuple):
     """One layer of the model; query head i reads key head ``i // (h / g)``."""
 
-    queries: np.ndarray  # (h, m, d) float32, of the last m positions
+    queries: np.ndarray  # (h, m, d) float32, of m positions
     keys: np.ndarray  # (g, n, d) float32, of all positions
+    values: np.ndarray  # (g, n, dv) float32, likewise
 
 
 def missing(program: str) -> str | None:
@@ -31,13 +32,16 @@ def missing(program: str) -> str | None:
     return demo.missing(program, LIBRARIES)
 
 
-def layers(tokens: int, last: int = LAST) -> list[Layer]:
-    """One forward pass over that many tokens of the essays; 4096 take about a minute on two cores."""
+def layers(tokens: int, positions: Sequence[int] | None = None) -> list[Layer]:
+    """One forward pass over that many tokens of the essays; 4096 take about a minute on two cores.
+
+    Queries are kept of the given positions, ascending, or of the LAST ones.
+    """
     from benchmarks import smollm
 
     model, tokenizer = smollm.load_model()
     smollm.hook(model)
-    recorder = Recorder(last)
+    recorder = Recorder(range(tokens - LAST, tokens) if positions is None else positions)
     smollm.read_prompt(model, smollm.essay_tokens(tokenizer, tokens), recorder)
     return recorder.layers
 
@@ -45,17 +49,17 @@ def layers(tokens: int, last: int = LAST) -> list[Layer]:
 class Recorder:
     """A `benchmarks.smollm.Stage`: exact causal attention that keeps what it was given."""
 
-    def __init__(self, last: int) -> None:
-        """Queries of that many positions are kept."""
+    def __init__(self, positions: Sequence[int]) -> None:
+        """Queries of these positions are kept."""
         self.layers: list[Layer] = []
-        self._last = last
+        self._positions = list(positions)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """See `benchmarks.smollm.Stage`."""
         import torch
 
         assert layer == len(self.layers)
-        self.layers.append(Layer(q[:, -self._last :].numpy().copy(), k.numpy().copy()))
+        self.layers.append(Layer(q[:, self._positions].numpy(), k.numpy().copy(), v.numpy().copy()))
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
 

@@ -17,6 +17,7 @@ of 8 bits come first, then those of 4, 2 and 1; axes are in order of falling var
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -92,19 +93,35 @@ class Coder:
             coded[:, blocks] = packed(codes.reshape(g, -1, KEYS, len(bits)), self.layout)
         return coded, error
 
+    @cached_property
+    def middle(self) -> np.ndarray:
+        """(axes,) float64, what is taken from a code before its step multiplies it."""
+        return (2.0**self.layout.bits - 1) / 2
+
+    @cached_property
+    def readout(self) -> np.ndarray:
+        """(g, d, axes + 1) float64: a query's product with an axis of unit codes; last, with the mean."""
+        g, d = self.mean.shape
+        axes = len(self.layout.bits)
+        used = min(axes, d)
+        readout = np.zeros((g, d, axes + 1))
+        readout[..., :used] = self.query_map[..., :used] * self.steps[:, None, :used]
+        readout[..., axes] = self.mean
+        return readout
+
     def prepare(self, queries: np.ndarray) -> CodedQueries:
         """Queries (g, m, d) float64 -> their int8 form."""
         g, m, d = queries.shape
-        bits = self.layout.bits
-        used = min(len(bits), d)
-        z = np.zeros((g, -(-m // QUERIES) * QUERIES, len(bits)))
-        z[:, :m, :used] = np.matmul(queries, self.query_map[..., :used]) * self.steps[:, None, :used]
+        padded = np.zeros((g, -(-m // QUERIES) * QUERIES, d))
+        padded[:, :m] = queries
+        products = np.matmul(padded, self.readout)
+        z = products[..., :-1]
         sigma = np.abs(z).max(axis=2) / 127
         sigma[sigma < SMALLEST] = 1.0
         a = np.rint(z / sigma[..., None])
-        base = np.einsum("gmd,gd->gm", queries, self.mean) - (sigma * (a @ ((2.0**bits - 1) / 2)))[:, :m]
-        tiles = a.astype(np.int8).reshape(g, -1, QUERIES, len(bits) // BYTES, BYTES)
-        return CodedQueries(tiles, np.ascontiguousarray(sigma[:, :m]), base)
+        base = products[..., -1] - sigma * (a @ self.middle)
+        tiles = a.astype(np.int8).reshape(g, -1, QUERIES, z.shape[2] // BYTES, BYTES)
+        return CodedQueries(tiles, sigma[:, :m], base[:, :m])
 
 
 def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None) -> Coder:
@@ -177,7 +194,7 @@ def _second_moment(queries: np.ndarray) -> np.ndarray:
     moment = np.matmul(queries.T, queries, dtype=np.float64) / max(m, 1)
     size = np.trace(moment) / d
     share = d / (d + m)
-    return (1 - share) * moment / size + share * np.eye(d) if size > 0 else np.eye(d)
+    return (1 - share) * moment + share * size * np.eye(d) if size > 0 else np.eye(d)
 
 
 def _best_steps(y: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, float]:
@@ -192,7 +209,8 @@ def _best_steps(y: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, float]:
 def _rounded(y: np.ndarray, steps: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """y (n, axes), steps (axes,) -> codes (n, axes) float64 in 0 .. 2^bits - 1; an axis of step 0 has code 0."""
     levels = 2.0**bits
-    cells = np.divide(y, steps, out=np.zeros_like(y), where=steps > 0)
+    with np.errstate(over="ignore"):  # far beyond the last level
+        cells = np.divide(y, steps, out=np.zeros_like(y), where=steps > 0)
     return np.clip(np.floor(cells) + levels / 2, 0, levels - 1)
 
 

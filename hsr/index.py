@@ -13,7 +13,7 @@ import numpy as np
 from hsr import brute_numba, checks, selection, storage
 from hsr.backend import choose
 from hsr.errors import ArgumentError
-from hsr.growth import Segment, covered, grown, merge_start
+from hsr.growth import Segment, covered, grown, merge_start, with_room
 from hsr.report import Hits, Report
 from hsr.roster import Held, Roster
 from hsr.rows import concatenate, stacked
@@ -172,10 +172,7 @@ class HSRIndex:
             wanted = f"({self.heads}, t, {self.d})" if self._heads_axis else f"(t, {self.d})"
             raise ArgumentError(f"keys must be {wanted} to match the index; got {tuple(keys.shape)}")
         old, stored = self._roster.stored, self._roster.stored + array.shape[1]
-        store = self._store
-        if stored > store.shape[1]:
-            store = np.empty((self.heads, max(stored, 2 * store.shape[1]), self.d), store.dtype)
-            store[:, :old] = self._held
+        store = with_room(self._store, old, stored)
         store[:, old:stored] = array
         if self._roster.deaths and merge_start(self._segments[0], stored, self._buffer) == 0:
             self._rebuild(store, np.append(self._roster.keep, np.ones(stored - old, bool)))  # the dead go for free
@@ -211,7 +208,9 @@ class HSRIndex:
     def held(self, prefix: np.ndarray) -> Held:
         """The keys as they are held, for a caller that samples ids below prefix (...) int64, in 0..n."""
         limits = self._roster.places(prefix)
-        return Held(self._held, self._roster.dead, limits, self._roster.living(limits))
+        store = self._store.view()
+        store.flags.writeable = False
+        return Held(store, self._roster.dead, limits, self._roster.living(limits))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to one file (see `hsr.storage`); an existing file stays until the new one is whole."""

@@ -21,15 +21,21 @@ import numpy as np
 from numba import get_num_threads
 
 from hsr import lifted_numba
-from hsr.coded_scan import KEYS
+from hsr.coded_scan import BYTES, KEYS, QUERIES
 from hsr.coder import Coder, fit
+from hsr.growth import with_room
 from hsr.lifted_numba import CHUNK
 
 DRIFT = 0.1  # nats^2 by which the squared error of new scores may exceed the fit's; variances grow by its exponential
+NOISE = 1.25  # times that, which the error of a window may be by chance
 WINDOW = 8  # blocks whose mean error is compared
 GROWTH = 1.25  # times the keys of the last fit before another fit
-ENOUGH = 0.995  # share of a budget at which the threshold is settled
-ROUNDS = 40
+SLACK = 0.005  # share of a budget by which it may be missed
+ROUNDS, PATIENCE = 60, 8  # of the search for the threshold that spends it; rounds before its steps are lengthened
+LARGEST = 1e20  # of a scaled score, in nats: its estimates stay far from the ends of float32
+LOWEST = -1e29  # below every estimate
+FAR = 2.0**40  # coordinates of keys appended later, on the fit's scale: their squares are finite in float32
+BALANCE = 2.0**20  # bound on the unit of the lift
 
 
 class Draw(NamedTuple):
@@ -38,29 +44,35 @@ class Draw(NamedTuple):
     ids: np.ndarray  # (g, rows, n) int32
     pis: np.ndarray  # (g, rows, n) float32, in (0, 1]
     counts: np.ndarray  # (g, rows, chunks) int64
-    excess: np.ndarray  # (g, rows) by how much the variance of their number is below that of independent draws
+    variance: np.ndarray  # (g, rows, 2) of their number: what it would be for independent draws, and what it is
+    thresholds: np.ndarray  # (g, rows, G), T in nats
 
 
 class Lifted:
     """Codes of g heads' keys, a block of 64 at a time, and samples drawn from them.
 
+    What is coded is ``(k_j / 2^e, lift_j / u)`` for queries ``(scale 2^e q, u)``, whose products are scaled and lifted
+    scores in nats: e makes the fit's keys about 1, however large they are, and u gives both parts about one size.
+
     Args:
         keys: (g, n, d) float32 or float64.
         lift: (g, n), added to a key's scaled score in nats: the logarithm of how much a unit of weight on it matters.
-        scale: of the scores, positive.
-        bytes_per_key: size of a code, a positive multiple of 4.
-        queries: (g, m, d) like those to come; None where none are known.
+        scale: of the scores, positive; no ``scale sum_i |q_i k_i|`` may exceed LARGEST.
+        bytes_per_key: size of a code, a positive multiple of 4; no more is used than 8 bits an axis take.
+        queries: (g, m, d) float64, like those to come.
     """
 
     def __init__(
-        self, keys: np.ndarray, lift: np.ndarray, scale: float, bytes_per_key: int, queries: np.ndarray | None = None
+        self, keys: np.ndarray, lift: np.ndarray, scale: float, bytes_per_key: int, queries: np.ndarray
     ) -> None:
-        self._scale, self._bytes = scale, bytes_per_key
-        self._queries = None if queries is None else _with_one(queries)
+        g, _, d = keys.shape
+        self._scale, self._words, self._queries = scale, min(bytes_per_key // 4, -(-(d + 1) // 4)), queries
+        self._exponents, self._units = np.zeros(g, np.int64), np.ones(g)
         self._coder: Coder | None = None
-        self._codes = np.empty((len(keys), 0, bytes_per_key // 4, KEYS, 4), np.uint8)
+        self._codes = np.empty((g, 0, self._words, KEYS, 4), np.uint8)
         self._blocks = self._fitted = 0
-        self._usual = np.zeros(len(keys))  # squared error of a score, in nats^2, that the coder is expected to have
+        self._usual = np.zeros(g)  # squared error of a score, in nats^2, that the coder is expected to have
+        self._recent = np.empty((g, 0))  # the last blocks' squared errors
         self._scratch = _Scratch()
         self.follow(keys, lift)
 
@@ -86,14 +98,12 @@ class Lifted:
             return
         if self._coder is None:
             self._fit(keys, lift)
-        new = slice(self._blocks * KEYS, blocks * KEYS)
-        codes, error = self.coder.encode(self._lifted(keys, lift, new))
-        recent = self._scale**2 * error[:, -WINDOW * KEYS :].mean(axis=1)
-        if (recent > self._usual + DRIFT).any() and blocks >= GROWTH * self._fitted:
+        codes = self._encoded(keys, lift, self._blocks, blocks)
+        drifted = self._recent.mean(axis=1) > NOISE * self._usual + DRIFT
+        if drifted.any() and blocks >= GROWTH * self._fitted:
             self._fit(keys, lift)
-            codes, error = self.coder.encode(self._lifted(keys, lift, slice(0, blocks * KEYS)))
-            recent = self._scale**2 * error[:, -WINDOW * KEYS :].mean(axis=1)
-            self._usual = np.maximum(self._usual, recent)  # a stretch that no fit suits must not cause another
+            codes = self._encoded(keys, lift, 0, blocks)
+            self._usual = np.maximum(self._usual, self._recent.max(axis=1))  # what no fit suits must not cause another
             self._blocks = 0
         self._keep(codes)
 
@@ -122,65 +132,105 @@ class Lifted:
         """
         g, rows, heads, _ = queries.shape
         chunks = -(-self.n // CHUNK)
-        padded = np.zeros((g, rows, -(-heads // 4) * 4, queries.shape[3] + 1))
-        padded[:, :, :heads] = _with_one(queries)
-        coded = self.coder.prepare(padded.reshape(g, -1, padded.shape[3]))
-        slope, base = (self._scale * part.reshape(g, rows, -1)[..., :heads] for part in (coded.sigma, coded.base))
         estimates, ids, pis = self._scratch.of(g, rows, heads, self.n)
-        tops, totals = np.empty((2, g, rows, chunks, heads))
-        words = np.array(self.coder.layout.words)
-        codes = self._codes
-        lifted_numba.estimate(codes, words, coded.tiles, slope, spans, get_num_threads(), estimates, tops, totals)
-        with np.errstate(divide="ignore"):
-            lse = np.logaddexp.reduce(tops + np.log(totals), axis=2) if chunks else np.full((g, rows, heads), -np.inf)
+        counts, variances = np.zeros((g, rows, chunks), np.int64), np.zeros((g, rows, chunks, 2))
+        if not chunks:
+            return Draw(ids, pis, counts, variances.sum(axis=2), known)
+        lse, base = self._estimate(queries, spans, estimates)
         if eps is not None:
-            thresholds = np.logaddexp(lse + base, known) - base + 2 * np.log(eps)
+            thresholds = np.logaddexp(lse, known - base) + 2 * np.log(eps)
         else:
-            thresholds = self._spend(estimates, spans, lse, float(budget or 0), chunks)
-        counts, excess = np.empty((g, rows, chunks), np.int64), np.empty((g, rows, chunks))
+            thresholds = _spend(estimates, spans, lse, float(budget or 0))
         lifted_numba.draw(
-            estimates, thresholds, spans, generators, systematic, get_num_threads(), ids, pis, counts, excess
+            estimates, thresholds, spans, generators, systematic, get_num_threads(), ids, pis, counts, variances
         )
-        return Draw(ids, pis, counts, excess.sum(axis=2))
+        return Draw(ids, pis, counts, variances.sum(axis=2), thresholds + base)
 
-    def _spend(
-        self, estimates: np.ndarray, spans: np.ndarray, lse: np.ndarray, budget: float, chunks: int
-    ) -> np.ndarray:
-        """Thresholds (g, rows, G) that report ``budget`` keys on average, from above: each round's step undershoots."""
+    def _estimate(self, queries: np.ndarray, spans: np.ndarray, estimates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fill estimates (g, rows, G, n) of lifted scores less their base; their log-sum-exp and base (g, rows, G)."""
+        g, rows, heads, n = estimates.shape
+        asked = np.zeros((g, rows, -(-heads // QUERIES) * QUERIES, queries.shape[3] + 1))  # whole tiles
+        asked[:, :, :heads] = self._asked(queries)
+        coded = self.coder.prepare(asked.reshape(g, -1, asked.shape[3]))
+        slope, base = (part.reshape(asked.shape[:3])[..., :heads] for part in (coded.sigma, coded.base))
+        tops, totals = np.empty((2, g, rows, -(-n // CHUNK), heads))
+        words = np.array(self.coder.layout.words)
+        lifted_numba.estimate(self._codes, words, coded.tiles, slope, spans, get_num_threads(), estimates, tops, totals)
         with np.errstate(divide="ignore"):
-            thresholds = lse - np.log(budget)
-        certain, sampled = np.empty((2, *lse.shape[:2], chunks, lse.shape[2]))
-        for _ in range(ROUNDS):
-            lifted_numba.expected(estimates, thresholds, spans, get_num_threads(), certain, sampled)
-            sure, chance = certain.sum(axis=2), sampled.sum(axis=2)
-            if (sure + chance >= ENOUGH * budget).all():
-                break
-            with np.errstate(divide="ignore", invalid="ignore"):
-                step = np.where(sure + chance < ENOUGH * budget, np.log(np.maximum(budget - sure, 0) / chance), 0.0)
-            thresholds = np.maximum(thresholds - np.where(np.isnan(step), np.inf, step), LOWEST)
-        return thresholds
+            return np.logaddexp.reduce(tops + np.log(totals), axis=2), base
 
     def _fit(self, keys: np.ndarray, lift: np.ndarray) -> None:
-        blocks = keys.shape[1] // KEYS
-        self._coder = fit(self._lifted(keys, lift, slice(0, blocks * KEYS)), self._bytes, self._queries)
-        self._usual, self._fitted = self._scale**2 * self._coder.error, blocks
+        coded = slice(0, keys.shape[1] // KEYS * KEYS)
+        room = np.finfo(keys.dtype).maxexp - 8  # powers of two that the keys can be multiplied by
+        largest = np.maximum(keys[:, coded].max(axis=(1, 2)), -keys[:, coded].min(axis=(1, 2)))
+        self._exponents = np.clip(np.frexp(largest)[1].astype(np.int64) - 1, -room, room)
+        self._units = np.clip(np.ldexp(self._scale, self._exponents), 1 / BALANCE, BALANCE)
+        queries = self._asked(self._queries[:, None])[:, 0]
+        self._coder = fit(self._lifted(keys, lift, coded), BYTES * self._words, queries)
+        self._usual, self._fitted = self._coder.error, coded.stop // KEYS
+
+    def _encoded(self, keys: np.ndarray, lift: np.ndarray, first: int, last: int) -> np.ndarray:
+        """The codes of blocks first .. last - 1; their errors are taken down."""
+        if self._coder is None:
+            self._fit(keys, lift)
+        codes, error = self.coder.encode(self._lifted(keys, lift, slice(first * KEYS, last * KEYS)))
+        errors = error.reshape(len(keys), -1, KEYS).mean(axis=2)
+        self._recent = np.concatenate([self._recent, errors], axis=1)[:, -WINDOW:]
+        return codes
 
     def _lifted(self, keys: np.ndarray, lift: np.ndarray, span: slice) -> np.ndarray:
-        """Keys of the span with ``lift / scale`` as one more coordinate: (g, t, d + 1)."""
-        return np.concatenate([keys[:, span], lift[:, span, None] / self._scale], axis=2)
+        """What is coded of the keys in the span: (g, t, d + 1) in their dtype, at most FAR in magnitude."""
+        g, _, d = keys.shape
+        part = keys[:, span]
+        coded = np.empty((g, part.shape[1], d + 1), keys.dtype)
+        shrink = np.ldexp(np.ones((), keys.dtype), -self._exponents[:, None, None])
+        with np.errstate(over="ignore"):
+            np.multiply(part, shrink, out=coded[..., :d])
+        coded[..., d] = lift[:, span] / self._units[:, None]
+        return np.clip(coded, -FAR, FAR, out=coded)
+
+    def _asked(self, queries: np.ndarray) -> np.ndarray:
+        """Queries (g, rows, G, d) -> (g, rows, G, d + 1), whose products with what is coded are lifted scores."""
+        shape = (-1, 1, 1, 1)
+        asked = np.empty((*queries.shape[:-1], queries.shape[-1] + 1))
+        unbounded = np.ldexp(queries, self._exponents.reshape(shape)) * self._scale  # only where all keys are zero
+        asked[..., :-1] = np.clip(unbounded, -LARGEST, LARGEST)
+        asked[..., -1:] = self._units.reshape(shape)
+        return asked
 
     def _keep(self, codes: np.ndarray) -> None:
         """Append codes (g, blocks, words, 64, 4)."""
         total = self._blocks + codes.shape[1]
-        if total > self._codes.shape[1]:
-            grown = np.empty((len(codes), max(total, 2 * self._blocks), *codes.shape[2:]), np.uint8)
-            grown[:, : self._blocks] = self._codes[:, : self._blocks]
-            self._codes = grown
+        self._codes = with_room(self._codes, self._blocks, total)
         self._codes[:, self._blocks : total] = codes
         self._blocks = total
 
 
-LOWEST = -1e29  # below every estimate
+def _spend(estimates: np.ndarray, spans: np.ndarray, lse: np.ndarray, budget: float) -> np.ndarray:
+    """Thresholds (g, rows, G) that report ``budget`` keys on average.
+
+    estimates (g, rows, G, n), their log-sum-exp (g, rows, G).  A row with no more keys than that reports them all.
+    Steps that would be exact if no further key became certain come from above and never overshoot; where many do become
+    certain, steps are lengthened until they overshoot, and the rest is bisection.
+    """
+    g, rows, heads, n = estimates.shape
+    keys = (spans[..., 1] - spans[..., 0])[..., None]
+    high = np.where(keys <= budget, LOWEST, lse - np.log(budget))
+    low, thresholds = np.full_like(high, -np.inf), high
+    certain, sampled = np.empty((2, g, rows, -(-n // CHUNK), heads))
+    for trial in range(ROUNDS):
+        lifted_numba.expected(estimates, thresholds, spans, get_num_threads(), certain, sampled)
+        sure, chance = certain.sum(axis=2), sampled.sum(axis=2)
+        over = (sure + chance > budget * (1 + SLACK)) & (keys > budget)
+        short = sure + chance < (1 - SLACK) * np.minimum(budget, keys)
+        if not (over | short).any():
+            break
+        low, high = np.where(over, thresholds, low), np.where(short, thresholds, high)
+        with np.errstate(divide="ignore"):
+            step = np.log(np.maximum(budget - sure, 1.0) / chance) * 2.0 ** max(0, trial - PATIENCE)
+        below = np.where(np.isneginf(low), thresholds - step, (low + high) / 2)
+        thresholds = np.maximum(np.where(over | short, below, thresholds), LOWEST)
+    return thresholds
 
 
 class _Scratch:
@@ -201,8 +251,3 @@ class _Scratch:
             self._ids[:size].reshape(g, rows, n),
             self._pis[:size].reshape(g, rows, n),
         )
-
-
-def _with_one(queries: np.ndarray) -> np.ndarray:
-    """Queries (..., d) -> (..., d + 1): a one for the lift."""
-    return np.concatenate([queries, np.ones((*queries.shape[:-1], 1), queries.dtype)], axis=-1)

@@ -17,6 +17,7 @@ CHUNK = 2048  # keys in a task
 BLOCKS = CHUNK // KEYS
 NONE = np.float32(-1e30)  # the estimate of a key that is not up for sampling
 UNIFORM = 2.0**-32
+ROOM = 1.0 + 2.0**-16  # more than a float32 sum of 64 terms can be off, relatively
 
 
 @njit(cache=True)
@@ -126,12 +127,12 @@ def expected(estimates, thresholds, spans, threads, certain, sampled):
 
 
 @njit(parallel=True, cache=True)
-def draw(estimates, thresholds, spans, keys, systematic, threads, ids, pis, counts, excess):
+def draw(estimates, thresholds, spans, keys, systematic, threads, ids, pis, counts, variances):
     """Report the keys of the lifted half-spaces, one list for the G heads of a row.
 
     thresholds (g, rows, G) float64, keys (g, rows) uint32 of the generator; fills ids (g, rows, n) int32 and pis
-    (g, rows, n) float32 from the start of each chunk on, counts (g, rows, chunks) int64, and excess (g, rows, chunks):
-    by how much the variance of the number drawn is below that of independent draws.
+    (g, rows, n) float32 from the start of each chunk on, counts (g, rows, chunks) int64, and variances (g, rows,
+    chunks, 2) of the number drawn: what it would be for independent draws, and what it is.
     """
     g, rows, heads, _ = estimates.shape
     chunks = counts.shape[2]
@@ -144,7 +145,7 @@ def draw(estimates, thresholds, spans, keys, systematic, threads, ids, pis, coun
             start, stop = spans[head, row]
             first, last = max(start // KEYS, chunk * BLOCKS), min((stop + KEYS - 1) // KEYS, (chunk + 1) * BLOCKS)
             place = chunk * CHUNK
-            excess[head, row, chunk] = 0.0
+            variances[head, row, chunk] = 0.0
             for block in range(first, last):
                 x[:] = np.float32(-np.inf)
                 for h in range(heads):
@@ -159,38 +160,38 @@ def draw(estimates, thresholds, spans, keys, systematic, threads, ids, pis, coun
                     powers[j] = 0.0
                 for j in range(min(stop - block * KEYS, KEYS), KEYS):
                     powers[j] = 0.0
+                total, variance = np.float32(0.0), np.float32(0.0)
+                for j in range(KEYS):
+                    total += powers[j]
+                    variance += powers[j] * (np.float32(1.0) - powers[j])
+                part = total - np.floor(total)
+                variances[head, row, chunk, 0] += variance
+                variances[head, row, chunk, 1] += part * (np.float32(1.0) - part) if systematic else variance
                 report = ids[head, row], pis[head, row]
                 if systematic:
-                    place, spared = _systematic(powers, keys[head, row], block, report, place)
-                    excess[head, row, chunk] += spared
+                    place = _systematic(powers, total, keys[head, row], block, report, place)
                 else:
                     place = _independent(powers, keys[head, row], block, report, place)
             counts[head, row, chunk] = place - chunk * CHUNK
 
 
 @njit(cache=True)
-def _systematic(chances, key, block, report, place):
-    """One random offset for a block: a key is drawn where the running sum of chances passes a whole number.
+def _systematic(chances, total, key, block, report, place):
+    """One random offset for a block: a key is drawn where the running sum of chances, ``total``, passes a whole number.
 
-    Returns the next place, and the variance that the number drawn would have under independent draws less what it has.
+    Returns the next place.
     """
     ids, pis = report
-    running, total, variance = uniform(key, block), 0.0, 0.0
-    for j in range(KEYS):
-        chance = np.float64(chances[j])
-        total += chance
-        variance += chance * (1.0 - chance)
-    part = total - np.floor(total)
-    spared = variance - part * (1.0 - part)
-    if running + total < 1.0:
-        return place, spared
+    running = uniform(key, block)
+    if running + total * ROOM < 1.0:
+        return place
     for j in range(KEYS):
         running += np.float64(chances[j])
         if running >= 1.0:
             running -= 1.0
             ids[place], pis[place] = block * KEYS + j, chances[j]
             place += 1
-    return place, spared
+    return place
 
 
 @njit(cache=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsr.coded_scan import WIDTHS
 from hsr.report import Hits
 from hsr.scaling import exponent
 
@@ -45,6 +46,53 @@ def topk(queries: np.ndarray, keys: np.ndarray, r: int) -> np.ndarray:
     s, e = products(queries, keys)
     with np.errstate(over="ignore"):
         return np.argsort(-np.ldexp(s, e), axis=1, kind="stable")[:, :r]
+
+
+def unpacked(codes: np.ndarray, words: tuple[int, ...]) -> np.ndarray:
+    """Codes (g, blocks, words, 64, 4) uint8, how many words are of each width -> (g, 64 blocks, axes) uint8."""
+    widths = np.repeat(WIDTHS, words)
+    planes = [
+        (codes[:, :, word] >> np.uint8(width * plane)) & np.uint8(2**width - 1)
+        for word, width in enumerate(widths)
+        for plane in range(8 // width)
+    ]
+    return np.concatenate(planes, axis=3).reshape(len(codes), codes.shape[1] * codes.shape[3], -1)
+
+
+def estimate(codes: np.ndarray, words: tuple[int, ...], tiles: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    """Codes as above, tiles (g, rows * tiles a row, 4, planes, 4) int8, slope (g, rows, G) -> (g, rows, G, n) float64.
+
+    What `hsr.coder` estimates a score to be, less its base: the slope times the sum of products with the codes.
+    """
+    g, rows, heads = slope.shape
+    queries = tiles.reshape(g, rows, -1, tiles.shape[3] * tiles.shape[4])[:, :, :heads]
+    sums = np.einsum("grha,gna->grhn", queries.astype(np.float64), unpacked(codes, words).astype(np.float64))
+    return slope[..., None] * sums
+
+
+def chances(estimates: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Estimates (G, n), thresholds (G,) -> pi (n,), the largest over heads of ``min(1, exp(estimate - threshold))``."""
+    return np.exp(np.minimum(estimates - thresholds[:, None], 0.0)).max(axis=0)
+
+
+def uniform(key: int, counters: np.ndarray) -> np.ndarray:
+    """The numbers in (0, 1) of a uint32 generator key and counters (n,): MurmurHash3's finaliser of their mixture."""
+    x = (counters.astype(np.uint64) * np.uint64(0x9E3779B1)).astype(np.uint32) ^ np.uint32(key)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return ((x ^ (x >> np.uint32(16))).astype(np.float64) + 0.5) * 2.0**-32
+
+
+def draw(pis: np.ndarray, key: int, systematic: bool) -> np.ndarray:
+    """pi (n,) -> the keys drawn, ascending: with a number each, or with one for every 64."""
+    if not systematic:
+        return np.flatnonzero(uniform(key, np.arange(len(pis))) <= pis)
+    blocks = [pis[first : first + 64] for first in range(0, len(pis), 64)]
+    passed = [
+        np.floor(np.cumsum(block) + offset)
+        for block, offset in zip(blocks, uniform(key, np.arange(len(blocks))), strict=True)
+    ]
+    return np.flatnonzero(np.concatenate([np.diff(sums, prepend=0.0) for sums in passed]))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def _strike(dead, old, fresh, offsets, indices, scores, kept, ids):
 class Held(NamedTuple):
     """What an index holds of the ids below ``prefix``, for a caller that reads a few keys itself."""
 
-    keys: np.ndarray  # (g, s, d), read-only, in the order of ids, dead keys among them
+    keys: np.ndarray  # (g, capacity, d), read-only, C-contiguous: s keys in the order of ids, then room; some are dead
     dead: np.ndarray  # (s,) bool, which of them are dead; (0,) where none is
     limits: np.ndarray  # like prefix, int64: how many of the keys, dead or not, have ids below it
     living: np.ndarray  # like prefix, int64: how many of those live

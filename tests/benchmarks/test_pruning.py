@@ -21,7 +21,8 @@ def fake_layers(tokens: int) -> list[real_keys.Layer]:
     scale = np.geomspace(8, 0.1, WIDTH)
     keys = rng.standard_normal((LAYERS, GROUPS, tokens, WIDTH)) * scale + 3 * scale
     queries = rng.standard_normal((LAYERS, HEADS, real_keys.LAST, WIDTH))
-    return [real_keys.Layer(q.astype(np.float32), k.astype(np.float32)) for q, k in zip(queries, keys, strict=True)]
+    flat = zip(queries.astype(np.float32), keys.astype(np.float32), strict=True)
+    return [real_keys.Layer(q, k, k) for q, k in flat]
 
 
 @pytest.fixture
@@ -120,10 +121,11 @@ def test_the_recorder_keeps_what_the_model_attends_with(monkeypatch: pytest.Monk
         cache = model(torch.tensor([tokens]), use_cache=True).past_key_values
     monkeypatch.setattr(smollm, "load_model", lambda: (model, None))
     monkeypatch.setattr(smollm, "essay_tokens", lambda _, count: tokens[:count])
-    found = real_keys.layers(40, last=5)
+    found = real_keys.layers(40, range(35, 40))
     for number, layer in enumerate(found):
         assert (layer.queries.shape, layer.keys.shape) == ((6, 5, 8), (2, 40, 8))
         np.testing.assert_allclose(layer.keys, cache.layers[number].keys[0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(layer.values, cache.layers[number].values[0].numpy(), atol=1e-5)
     flat = real_keys.pool(40, 0)
     assert (flat.queries.shape, flat.keys.shape) == ((2 * 6 * 32, 8), (2 * 2 * 40, 8))
     assert flat.keys.astype(np.float64).sum() == pytest.approx(sum(layer.keys.sum() for layer in found), rel=1e-3)
