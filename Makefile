@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check proofs bench scaling tree-data pruning clean
+.PHONY: help demo test test-long check proofs bench scaling tree-data pruning accuracy decode-cpu clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,14 @@ tree-data: $(VENV)/.demo ## work of a query by the keys' distribution, likewise
 pruning: $(VENV)/.demo ## which bounds prune the keys of a real model, likewise
 	$(BIN)/python -m benchmarks.run pruning --json benchmarks/results/pruning.json
 	$(BIN)/python -m benchmarks.plots benchmarks/results/pruning.json
+
+accuracy: $(VENV)/.demo ## error of sampled and top-k attention on a real model's heads, likewise
+	$(BIN)/python -m benchmarks.run accuracy --json benchmarks/results/accuracy.json
+	$(BIN)/python -m benchmarks.plots benchmarks/results/accuracy.json
+
+decode-cpu: $(VENV)/.demo ## one decode step over long caches beside torch's dense attention, likewise
+	$(BIN)/python -m benchmarks.run decode-cpu --json benchmarks/results/decode-cpu.json
+	$(BIN)/python -m benchmarks.plots benchmarks/results/decode-cpu.json
 
 clean: ## remove .venv, caches, build products and reports
 	rm -rf $(VENV) build dist demo_report .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -16,6 +16,8 @@ FIGURES = {  # case -> module with figures(rows), a dict of matplotlib figures b
     "scaling": "benchmarks.scaling_figures",
     "tree-data": "benchmarks.tree_data_figures",
     "pruning": "benchmarks.pruning_figures",
+    "accuracy": "benchmarks.accuracy_figures",
+    "decode-cpu": "benchmarks.decode_cpu_figures",
 }
 
 

@@ -24,8 +24,7 @@ are read as the power of two that they are within 1e-6. The constants are the la
 
 What this does not show. That the numbers drawn are independent and uniform (`tests/hsr/test_lifted.py` tests
 frequencies); that a ratio of two unbiased sums is unbiased, which it is only nearly; of systematic draws more than
-that these are their pi: their variance has no such bound. How good estimates from a few bytes are is measured
-elsewhere.
+that these are their pi: their variance has no such bound. How good estimates are is measured elsewhere.
 """
 
 from __future__ import annotations
@@ -167,12 +166,12 @@ def _weights_by_estimates(case: Case) -> Sample:
     return by_reference(case._replace(scores=case.estimates))
 
 
-def _alone(case: Case, h: int) -> Case:
+def _head(case: Case, h: int) -> Case:
     return Case(case.scores[[h]], case.estimates[[h]], case.thresholds[[h]], case.values)
 
 
 def _smallest_of_the_heads(case: Case) -> Sample:
-    alone = [by_reference(_alone(case, h)).pis for h in range(len(case.scores))]
+    alone = [by_reference(_head(case, h)).pis for h in range(len(case.scores))]
     pis = [min(column) for column in zip(*alone, strict=True)]
     return Sample(pis, _weights(case, np.array(pis, np.float64)))
 
