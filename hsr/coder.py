@@ -107,7 +107,9 @@ class Coder:
         return CodedQueries(tiles, np.ascontiguousarray(sigma[:, :m]), base)
 
 
-def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None) -> Coder:
+def fit(
+    keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None, widths: tuple[int, ...] = WIDTHS
+) -> Coder:
     """The coder of a given size, chosen for the smallest squared error of a score.
 
     Args:
@@ -115,6 +117,7 @@ def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None)
         bytes_per_key: a positive multiple of 4.  Bits go to axes by variance, alike in all heads.
         queries: (g, m, d) like those to come, from which M is taken; few of them pull it little from the identity.
             None: all directions count alike.
+        widths: bits that a code may have; a kernel that knows only some of them says so here.
     """
     sample = keys[:, :: -(-keys.shape[1] // SAMPLE)].astype(np.float64)
     g, _, d = sample.shape
@@ -127,7 +130,7 @@ def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None)
         variances[head] = np.maximum(variance[::-1], 0.0)
         key_map[head] = (vectors * np.sqrt(values)) @ axes[:, ::-1]
         query_map[head] = (vectors / np.sqrt(values)) @ axes[:, ::-1]
-    layout = best_layout(variances.sum(axis=0), bytes_per_key)
+    layout = best_layout(variances.sum(axis=0), bytes_per_key, widths)
     used = min(len(layout.bits), d)
     steps, error = np.zeros((g, len(layout.bits))), variances[:, used:].sum(axis=1)
     for head in range(g):
@@ -137,12 +140,13 @@ def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None)
     return Coder(layout, mean, key_map, query_map, steps, error)
 
 
-def best_layout(variances: np.ndarray, bytes_per_key: int) -> Layout:
-    """Variances (d,) of the axes, falling -> the layout of least expected squared error."""
+def best_layout(variances: np.ndarray, bytes_per_key: int, widths: tuple[int, ...] = WIDTHS) -> Layout:
+    """Variances (d,) of the axes, falling -> the layout of these widths of least expected squared error."""
     d, words = len(variances), bytes_per_key // BYTES
     first = np.indices((words + 1,) * 3).reshape(3, -1)
     first = first[:, first.sum(axis=0) <= words]
     counts = np.vstack([first, words - first.sum(axis=0)])  # (4, layouts)
+    counts = counts[:, (counts[~np.isin(WIDTHS, widths)] == 0).all(axis=0)]
     ends = np.cumsum(counts * (BYTES * 8 // np.array(WIDTHS))[:, None], axis=0)
     upto = np.concatenate([[0.0], np.cumsum(variances)])[np.minimum(ends, d)]  # (4, layouts)
     spans = np.diff(upto, axis=0, prepend=0.0)
