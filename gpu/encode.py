@@ -41,9 +41,9 @@ def _block_codes(
 @triton.jit
 def encode(
     K, V, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, k_b, k_h, k_n, v_b, v_h, v_n, room, heads, scale,
-    D: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """Code blocks of 64 keys; grid (blocks, B * heads), CODES (B * heads, room, R) uint8.
+    """Code blocks of 64 keys; grid (blocks, B * heads), CODES (B * heads, room, ROW) uint8, ROW at most R.
 
     K, V (B, heads, n, D) by strides; MAP (B * heads, PLANES, D + 1, R), MEAN (.., D + 1), CENTRE (.., D), FLOOR (..,),
     HALF and TOP (PLANES, R), all float32: `gpu.planes.Planes` and the values' `attention.values.Values.lift`.
@@ -59,13 +59,13 @@ def encode(
     k = tl.load(K + batch * k_b + inner * k_h + row * k_n + d[None, :]).to(tl.float32)
     v = tl.load(V + batch * v_b + inner * v_h + row * v_n + d[None, :]).to(tl.float32)
     codes = _block_codes(k, v, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, head, scale, D, R, PLANES)
-    tl.store(CODES + (head.to(tl.int64) * room + o[:, None]) * R + r[None, :], codes)
+    tl.store(CODES + (head.to(tl.int64) * room + o[:, None]) * ROW + r[None, :], codes, mask=r[None, :] < ROW)
 
 
 @triton.jit
 def write_token(
     n, head, NEW_K, NEW_V, K, V, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, a_b, a_h, b_b, b_h, k_b, k_h, k_n, v_b,
-    v_h, v_n, room, heads, scale, D: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr,
+    v_h, v_n, room, heads, scale, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Write a head's token at position n < room and, where it fills a block, the block's codes."""
     d = tl.arange(0, D)
@@ -87,18 +87,18 @@ def write_token(
         k = tl.where(old, k, new_k[None, :]).to(tl.float32)
         v = tl.where(old, v, new_v[None, :]).to(tl.float32)
         codes = _block_codes(k, v, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, head, scale, D, R, PLANES)
-        tl.store(CODES + (head.to(tl.int64) * room + o[:, None]) * R + r[None, :], codes)
+        tl.store(CODES + (head.to(tl.int64) * room + o[:, None]) * ROW + r[None, :], codes, mask=r[None, :] < ROW)
 
 
 @triton.jit
 def append(
     NEW_K, NEW_V, K, V, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, STATUS, a_b, a_h, b_b, b_h, k_b, k_h, k_n,
-    v_b, v_h, v_n, room, heads, scale, D: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
+    v_b, v_h, v_n, room, heads, scale, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add one token; grid (B * heads,).
 
     NEW_K, NEW_V (B, heads, D) by strides.  A head's program alone reads and raises its length.  A full cache stays as
-    it is, and STATUS (B * heads, 3) counts the token as refused in its last column.
+    it is, and STATUS (B * heads, 4) counts the token as refused in its last column.
     """
     head = tl.program_id(0)
     after_predecessor(PDL)
@@ -106,8 +106,8 @@ def append(
     if n < room:
         write_token(
             n, head, NEW_K, NEW_V, K, V, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, a_b, a_h, b_b, b_h, k_b, k_h, k_n,
-            v_b, v_h, v_n, room, heads, scale, D, R, PLANES,
+            v_b, v_h, v_n, room, heads, scale, D, R, ROW, PLANES,
         )  # fmt: skip
         tl.store(LENGTHS + head, n + 1)
     else:
-        tl.store(STATUS + head * 3 + 2, tl.load(STATUS + head * 3 + 2) + 1)
+        tl.store(STATUS + head * 4 + 3, tl.load(STATUS + head * 4 + 3) + 1)

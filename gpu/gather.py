@@ -7,9 +7,11 @@ import triton.language as tl
 
 from gpu.codes import LOG2E, after_predecessor, entry, length, span
 
-OVERFLOW = tl.constexpr(0)  # columns of STATUS
-STARVED = tl.constexpr(1)
-REFUSED = tl.constexpr(2)
+CROWDED = tl.constexpr(0)  # columns of STATUS: more keys than expected, chances were lowered on the way;
+OVERFLOW = tl.constexpr(1)  # still more than the list can hold, all keys were read;
+STARVED = tl.constexpr(2)  # far fewer than expected, all keys were read;
+REFUSED = tl.constexpr(3)  # a token that the full cache refused
+COLUMNS = tl.constexpr(4)
 CERTAIN = tl.constexpr(1 << (32 + 24))  # an entry of chance 1
 
 
@@ -85,13 +87,12 @@ def gather(
 
 @triton.jit
 def merge(
-    PARTS, SUMS, COUNTS, LENGTHS, STATUS, O, LSE, o_b, o_h, room, cap, sinks, recent, floor, heads, splits, G: tl.constexpr,
+    PARTS, SUMS, COUNTS, LENGTHS, STATUS, O, LSE, o_b, o_h, room, cap, sinks, recent, floor, crowd, heads, splits, G: tl.constexpr,
     D: tl.constexpr, SPLITS: tl.constexpr, GROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Parts of `gather` -> O (B, heads * G, D) by strides, LSE (B * heads * G,) natural; grid (B * heads, G).
 
-    STATUS (B * heads, 3) int32 counts the steps at which the list had overflowed, at which it had starved, all keys
-    being read in both cases, and the tokens that a full cache refused.  A growing step ends here: LENGTHS are raised.
+    STATUS (B * heads, COLUMNS) int32 counts what went beside the plan.  A growing step ends here: LENGTHS are raised.
     O is zero and LSE -inf where there are no keys.
     """
     head = tl.program_id(0)
@@ -99,13 +100,13 @@ def merge(
     part = tl.arange(0, SPLITS)
     d = tl.arange(0, D)
     after_predecessor(PDL)
+    rows = PARTS + ((head * splits + part).to(tl.int64) * G + h)[:, None] * D + d[None, :]
+    parts = tl.load(rows, mask=part[:, None] < splits, other=0.0)  # asked for before it is known which are empty
     sums = tl.load(SUMS + (head * splits + part) * G + h, mask=part < splits, other=-float("inf"))
     top = tl.max(sums, 0)
     weight = tl.exp2(sums - tl.where(top == -float("inf"), 0.0, top))
     total = tl.sum(weight, 0)
-    rows = PARTS + ((head * splits + part).to(tl.int64) * G + h)[:, None] * D + d[None, :]
-    parts = tl.load(rows, mask=weight[:, None] > 0, other=0.0)
-    output = tl.sum(parts * weight[:, None], 0) / tl.maximum(total, 1e-30)
+    output = tl.sum(tl.where(weight[:, None] > 0, parts * weight[:, None], 0.0), 0) / tl.maximum(total, 1e-30)
     tl.store(O + (head // heads).to(tl.int64) * o_b + ((head % heads) * G + h) * o_h + d, output.to(O.dtype.element_ty))
     tl.store(LSE + head * G + h, (top + tl.log2(tl.maximum(total, 1e-30))) * (1.0 / LOG2E))
     if h == 0:
@@ -113,10 +114,13 @@ def merge(
         before = tl.load(LENGTHS + head)
         n = tl.minimum(before + GROW, room)
         _, _, _, dense = _extent(n, count, cap, floor, sinks, recent)
+        status = STATUS + head * COLUMNS
         if dense:
             column = tl.where(count > cap, OVERFLOW, STARVED)
-            tl.store(STATUS + head * 3 + column, tl.load(STATUS + head * 3 + column) + 1)
+            tl.store(status + column, tl.load(status + column) + 1)
+        if count > crowd:
+            tl.store(status + CROWDED, tl.load(status + CROWDED) + 1)
         if GROW == 1:
             tl.store(LENGTHS + head, n)
             if before == room:
-                tl.store(STATUS + head * 3 + REFUSED, tl.load(STATUS + head * 3 + REFUSED) + 1)
+                tl.store(status + REFUSED, tl.load(status + REFUSED) + 1)

@@ -1,7 +1,7 @@
 """A `hsr.coder.Coder` in the layout that the kernels read: rows of bytes, cut into planes.
 
-A key's code is one row of R bytes (R = 16, 32, 64 or 128): first a column per pair of 4-bit axes, then a column per
-four 2-bit axes.  *Plane* p holds, for every column, the bits from ``SHIFTS[p]`` on: two planes where all columns are
+A key's code is one row of 16 to 128 bytes: first a column per pair of 4-bit axes, then a column per four 2-bit axes.
+The kernels see R columns, a power of two from 32 on; those beyond a row are empty.  *Plane* p holds, for every column, the bits from ``SHIFTS[p]`` on: two planes where all columns are
 nibbles, four otherwise.  A query has one int8 row per plane, zero where a column has no axis in it, so that the sum of
 the planes' integer products with the masked and shifted bytes is the sum over the axes.
 
@@ -19,7 +19,7 @@ from hsr.coder import Coder, fit
 from hsr.errors import ArgumentError
 
 SHIFTS = (0, 4, 2, 6)  # nibble columns use the first two
-ROWS = (16, 32, 64, 128)  # bytes that a row of codes may have
+ROWS = (16, 24, 32, 48, 64, 96, 128)  # bytes that a row of codes may have
 WIDTHS = (4, 2)  # bits of a code that the kernels know
 
 
@@ -31,6 +31,7 @@ class Planes:
     ``floor((k - mean) key_map[p, :d] + (lift - mean_lift) key_map[p, d]) + half[p]``, clipped to 0 .. top[p], a key.
     """
 
+    row: int  # bytes of a key's code
     nibbles: int  # columns of 4-bit codes
     query_map: np.ndarray  # (g, P, d + 1, R)
     key_map: np.ndarray  # (g, P, d + 1, R)
@@ -44,8 +45,8 @@ class Planes:
         return self.half.shape[0]
 
     @property
-    def row(self) -> int:
-        """R, the bytes of a key's code."""
+    def columns(self) -> int:
+        """R, the columns of a plane."""
         return self.half.shape[1]
 
 
@@ -74,20 +75,21 @@ def planes_of(coder: Coder, scale: float) -> Planes:
     _, fours, twos, _ = coder.layout.words
     g, wide = coder.mean.shape
     row, nibbles = 4 * (fours + twos), 4 * fours
-    count = 4 if twos else 2
-    axis = np.full((count, row), -1)  # (P, R): which axis lies there
+    count, columns = 4 if twos else 2, max(32, 1 << (row - 1).bit_length())
+    axis = np.full((count, columns), -1)  # (P, R): which axis lies there
     axis[:2, :nibbles] = np.arange(2 * nibbles).reshape(2, nibbles)
     if twos:
-        axis[:, nibbles:] = 2 * nibbles + np.arange(4 * (row - nibbles)).reshape(4, -1)
+        axis[:, nibbles:row] = 2 * nibbles + np.arange(4 * (row - nibbles)).reshape(4, -1)
     axis[axis >= wide] = -1  # padding
     real = axis >= 0
-    levels = np.where(np.arange(row) < nibbles, 16, 4)[None] * real
+    levels = np.where(np.arange(columns) < nibbles, 16, 4)[None] * real
     steps = np.where(real, coder.steps[:, np.maximum(axis, 0)], 0.0)  # (g, P, R)
     inverse = np.divide(1.0, steps, out=np.zeros_like(steps), where=steps > 0)
-    columns = np.maximum(axis, 0).ravel()
-    query_map = coder.query_map[:, :, columns].reshape(g, wide, count, row).swapaxes(1, 2) * steps[:, :, None]
-    key_map = coder.key_map[:, :, columns].reshape(g, wide, count, row).swapaxes(1, 2) * inverse[:, :, None]
+    chosen = np.maximum(axis, 0).ravel()
+    query_map = coder.query_map[:, :, chosen].reshape(g, wide, count, columns).swapaxes(1, 2) * steps[:, :, None]
+    key_map = coder.key_map[:, :, chosen].reshape(g, wide, count, columns).swapaxes(1, 2) * inverse[:, :, None]
     return Planes(
+        row,
         nibbles,
         np.ascontiguousarray(query_map * (scale / math.log(2)), np.float32),
         np.ascontiguousarray(key_map, np.float32),

@@ -1,24 +1,18 @@
-"""Before the scan: queries into code space, and this step's thresholds from the last step's draw."""
+"""Before the scan: queries into code space, their thresholds, and beside them the new token's row and codes."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gpu.codes import (
-    after_predecessor,
-    column_mask,
-    entry,
-    length,
-    log2,
-    plane_four,
-    plane_pair,
-    span,
-    successor_may_start,
-)
+from gpu.codes import after_predecessor, log2, successor_may_start
 from gpu.encode import write_token
 
-LOWEST = tl.constexpr(-1e30)  # a threshold below every score
+GAIN = tl.constexpr(0.5)  # of the correction from step to step: half, because queries differ
+FARTHEST = tl.constexpr(4.0)  # base-2 logarithm of the largest correction of a number of keys
+HIGHEST = tl.constexpr(12.0)  # deviations from the mean score between which thresholds stay
+LOWEST = tl.constexpr(-8.0)
+PARTS = tl.constexpr(16)  # a found key counts so much, see `gpu.scan.scan`
 
 
 @triton.jit
@@ -33,53 +27,39 @@ def _plane(q, MAP, plane, D: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _whole(z, sigma):
-    return tl.floor(z / sigma[None, :] + 0.5).to(tl.int8)
+def _quantised(z, sigma, out, MEANS, SPREADS, R: tl.constexpr):
+    """Store a plane's integers; returns the mean (GP,) and the variance of its share of the keys' sums."""
+    r = tl.arange(0, R)
+    whole = tl.floor(z / sigma[None, :] + 0.5)
+    tl.store(out, whole.to(tl.int8))
+    mean = tl.sum(whole * tl.load(MEANS + r)[:, None], 0)
+    return mean, tl.sum(whole * whole * tl.load(SPREADS + r)[:, None], 0)
 
 
 @triton.jit
 def _thresholds(
-    Q, MAP, CODES, LENGTHS, DRAWN, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, room, cap, sinks, recent, budget,
-    head, heads, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr,
-    NIBBLES: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, LEAST: tl.constexpr, GROW: tl.constexpr,
-    ASM: tl.constexpr,
+    Q, MAP, MEANS, SPREADS, FOUND, RHO, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, budget, head, heads,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Quantise the G queries of a key-value head and set their thresholds.
 
-    Thresholds are such that a query head draws ``budget`` keys on average.  The number that a threshold would draw is
-    estimated from at most SAMPLE keys of the last step's list, each standing for ``1 / pi`` keys: that is unbiased for
-    any new query, and sharp while queries resemble each other.  A list of fewer than LEAST keys (the first step's is
-    empty) gives way to evenly spaced keys.  No key stands for more than an eighth of the budget (or for its share of
-    the evenly spaced), so that a chance draw cannot starve the next step.
+    A threshold lies RHO standard deviations of the head's estimated scores above their mean; both follow from the query
+    and the codes' means and variances, axis by axis.  RHO is the query head's own and moves from step to step by how
+    many keys the last threshold drew on average, FOUND / PARTS, against ``budget``: since the logarithm of that number
+    falls by at most one per unit of threshold, the correction never overshoots for a like query.  Any threshold leaves
+    the sums unbiased, because it does not depend on the step's own draw.
 
-    Q (B, heads * G, D) by strides, rows contiguous; MAP (B * heads, PLANES, D + 1, R) float32; DRAWN, COUNTS as
-    `gpu.scan.scan` left them -> QUERIES (.., PLANES, GP, R) int8, SIGMA, TAU (.., GP) float32, COUNTS zero.
+    Q (B, heads * G, D) by strides, rows contiguous; MAP (B * heads, PLANES, D + 1, R), MEANS, SPREADS (.., PLANES, R)
+    float32; FOUND (.., GP) int32, negative where the last step is no measure -> QUERIES (.., PLANES, GP, R) int8,
+    SIGMA, TAU (.., GP) float32; RHO moved, FOUND and COUNTS zero.
     """
     g = tl.arange(0, GP)
     d = tl.arange(0, D)
     r = tl.arange(0, R)
-    i = tl.arange(0, SAMPLE)
-    # the sample's addresses hang on each other, so they are asked for first
-    count = tl.load(COUNTS + head)
-    listed = tl.minimum(count, cap)
-    n = length(LENGTHS, head, room, GROW)
-    start, stop = span(n, sinks, recent)
-    use_list = listed >= LEAST
-    size = tl.where(use_list, listed, stop - start)
-    taken = tl.minimum(size, SAMPLE)
-    ok = i < taken
-    place = tl.where(size > SAMPLE, (i.to(tl.int64) * size // SAMPLE).to(tl.int32), i)
-    slot = head.to(tl.int64) * cap + place
-    ids, logs = entry(tl.load(DRAWN + slot, mask=ok & use_list, other=0), ASM)
-    ids = tl.where(use_list, ids, start + place)
-    ids = tl.where(ok, ids, 0)
-    packed = tl.load(CODES + (head.to(tl.int64) * room + ids)[:, None] * R + r[None, :])
-    stands = size.to(tl.float32) / tl.maximum(taken, 1).to(tl.float32)  # entries that one of the sample stands for
-    weight = tl.where(use_list, tl.minimum(stands * tl.exp2(-logs), tl.maximum(budget * 0.125, 1.0)), stands)
-    weight = tl.where(ok, weight, 0.0)
-
     rows = Q + (head // heads).to(tl.int64) * stride_b + ((head % heads) * G + g[None, :]) * stride_h
     q = tl.load(rows + d[:, None], mask=g[None, :] < G, other=0.0).to(tl.float32)
+    rho = tl.load(RHO + head * GP + g)
+    found = tl.load(FOUND + head * GP + g)
     maps = MAP + head.to(tl.int64) * (PLANES * (D + 1) * R)
     z0 = _plane(q, maps, 0, D, R)
     z1 = _plane(q, maps, 1, D, R)
@@ -89,67 +69,51 @@ def _thresholds(
         z3 = _plane(q, maps, 3, D, R)
         largest = tl.maximum(largest, tl.maximum(tl.max(tl.abs(z2), 0), tl.max(tl.abs(z3), 0)))
     sigma = tl.where(largest > 1e-30, largest * (1.0 / 127.0), 1.0)
-    a0 = _whole(z0, sigma)
-    a1 = _whole(z1, sigma)
     out = QUERIES + head * (PLANES * GP * R) + g[None, :] * R + r[:, None]
-    tl.store(out, a0)
-    tl.store(out + GP * R, a1)
-    tl.store(SIGMA + head * GP + g, sigma)
+    stats = head * (PLANES * R)
+    mean, spread = _quantised(z0, sigma, out, MEANS + stats, SPREADS + stats, R)
+    more, wider = _quantised(z1, sigma, out + GP * R, MEANS + stats + R, SPREADS + stats + R, R)
+    mean, spread = mean + more, spread + wider
     if PLANES == 4:
-        a2 = _whole(z2, sigma)
-        a3 = _whole(z3, sigma)
-        tl.store(out + 2 * GP * R, a2)
-        tl.store(out + 3 * GP * R, a3)
-        b0, b1, b2, b3 = plane_four(packed, column_mask(R, NIBBLES, SAMPLE), ASM)
-        sums = tl.dot(b0, a0, out_dtype=tl.int32)
-        sums = tl.dot(b1, a1, acc=sums, out_dtype=tl.int32)
-        sums = tl.dot(b2, a2, acc=sums, out_dtype=tl.int32)
-        sums = tl.dot(b3, a3, acc=sums, out_dtype=tl.int32)
-    else:
-        b0, b1 = plane_pair(packed, ASM)
-        sums = tl.dot(b0, a0, out_dtype=tl.int32)
-        sums = tl.dot(b1, a1, acc=sums, out_dtype=tl.int32)
-
-    scores = tl.where(ok[:, None], sums.to(tl.float32) * sigma[None, :], LOWEST)  # (SAMPLE, GP), base 2
-    top = tl.max(scores, 0)
-    mass = tl.sum(weight[:, None] * tl.exp2(scores - top[None, :]), 0)
-    tau = top + log2(tl.maximum(mass, 1e-30) / budget, ASM)
-    for _ in range(ROUNDS):  # from above: each round's step undershoots, as in `hsr.lifted`
-        above = scores - tau[None, :]
-        sure = tl.sum(tl.where(above >= 0, weight[:, None], 0.0), 0)
-        chance = tl.sum(tl.where(above < 0, weight[:, None] * tl.exp2(above), 0.0), 0)
-        short = tl.maximum(budget - sure, 0.01 * budget)
-        step = log2(short / tl.maximum(chance, 1e-30), ASM)
-        tau = tl.where(chance > 0, tl.maximum(tau - tl.maximum(step, 0.0), LOWEST), LOWEST)
-    tau = tl.where(taken > 0, tau, 0.0)
-    tl.store(TAU + head * GP + g, tl.where(g < G, tau, float("inf")))
+        more, wider = _quantised(z2, sigma, out + 2 * GP * R, MEANS + stats + 2 * R, SPREADS + stats + 2 * R, R)
+        mean, spread = mean + more, spread + wider
+        more, wider = _quantised(z3, sigma, out + 3 * GP * R, MEANS + stats + 3 * R, SPREADS + stats + 3 * R, R)
+        mean, spread = mean + more, spread + wider
+    deviation = tl.sqrt(tl.maximum(spread, 1e-20)) * sigma
+    off = log2(tl.maximum(found.to(tl.float32), 1e-3) / (PARTS * budget), ASM)
+    off = tl.where(found < 0, 0.0, tl.minimum(tl.maximum(off, -FARTHEST), FARTHEST))
+    rho = tl.minimum(tl.maximum(rho + GAIN * off / tl.maximum(deviation, 1e-3), LOWEST), HIGHEST)
+    tl.store(RHO + head * GP + g, rho)
+    tl.store(FOUND + head * GP + g, tl.zeros((GP,), tl.int32))
+    tl.store(SIGMA + head * GP + g, sigma)
+    tl.store(TAU + head * GP + g, tl.where(g < G, mean * sigma + rho * deviation, float("inf")))
     tl.store(COUNTS + head, 0)
 
 
 @triton.jit
 def prepare(
-    Q, MAP, CODES, LENGTHS, DRAWN, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, room, cap, sinks, recent, budget,
-    heads, NEW_K, NEW_V, K, V, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, a_b, a_h, b_b, b_h, k_b, k_h, k_n, v_b, v_h,
-    v_n, scale, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr,
-    NIBBLES: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, LEAST: tl.constexpr, GROW: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    Q, MAP, MEANS, SPREADS, FOUND, RHO, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, budget, NEW_K, NEW_V, K, V,
+    KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, a_b, a_h, b_b, b_h, k_b, k_h, k_n, v_b, v_h, v_n, room,
+    heads, scale, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr,
+    PLANES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Queries and thresholds of every head and, with GROW = 1, beside them its new token; grid (B * heads, 1 + GROW).
+    """Thresholds of every head and, where the grid has a second column, beside them its new token.
 
-    LENGTHS stay as they are until `gpu.gather.merge` raises them: kernels of a growing step count the token on top.
+    grid (B * heads, 1) or, for a growing step, (B * heads, 2).  LENGTHS stay as they are until `gpu.gather.merge`
+    raises them: the kernels of a growing step count the token on top.
     """
     head = tl.program_id(0)
     after_predecessor(PDL)
     successor_may_start(PDL)
     if tl.program_id(1) == 0:
         _thresholds(
-            Q, MAP, CODES, LENGTHS, DRAWN, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, room, cap, sinks, recent,
-            budget, head, heads, G, GP, D, R, PLANES, NIBBLES, SAMPLE, ROUNDS, LEAST, GROW, ASM,
+            Q, MAP, MEANS, SPREADS, FOUND, RHO, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, budget, head, heads, G,
+            GP, D, R, PLANES, ASM,
         )  # fmt: skip
     else:
         n = tl.load(LENGTHS + head)
         if n < room:
             write_token(
-                n, head, NEW_K, NEW_V, K, V, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES.to(tl.pointer_type(tl.uint8)),
-                a_b, a_h, b_b, b_h, k_b, k_h, k_n, v_b, v_h, v_n, room, heads, scale, D, R, PLANES,
+                n, head, NEW_K, NEW_V, K, V, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, a_b, a_h, b_b, b_h, k_b,
+                k_h, k_n, v_b, v_h, v_n, room, heads, scale, D, R, ROW, PLANES,
             )  # fmt: skip

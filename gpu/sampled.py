@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from scipy.special import ndtri
 
 from gpu import encode, gather, planes, prepare, scan
 from gpu.codes import INTERPRETED
@@ -27,7 +28,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 GROUP = 16  # most query heads of a key-value head
 NEAR, TINY = 0.1, 1e-30  # as in `attention.values`: nearer values are sampled as if so far from the centre
 STARVED = 4  # a list of fewer than budget / STARVED keys is not trusted
-ROOMY = 2  # times the budget of all heads that a list can hold
+ROOMY = 4  # times the budget of all heads that a list can hold; from half of that on it counts as crowded
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,6 @@ class Tuning:
     scan_tiles: int = 1
     scan_warps: int = 1
     scan_stages: int = 3
-    sample: int = 1024  # keys that thresholds are estimated from
-    rounds: int = 5
     prepare_warps: int = 8
     gather_keys: int = 64
     gather_warps: int = 4
@@ -54,7 +53,7 @@ class Draws:
 
     Args:
         budget: keys that a query head draws on average.
-        bytes_per_key: 16, 32, 64 or 128.
+        bytes_per_key: 16, 24, 32, 48, 64, 96 or 128.
         sinks, recent: kept always; recent at least 64, because younger blocks have no codes yet.
         seed, redraw, systematic: of the draw.
     """
@@ -116,8 +115,26 @@ class SampledCache:
         if blocks:
             encode.encode[(blocks, B * g)](
                 self.keys, self.values, *self._maps, self.codes, *self._strides(), self.room, g, scale, d,
-                self.planes.row, self.planes.count, num_warps=4,
+                self.planes.columns, self.planes.row, self.planes.count, num_warps=4,
             )  # fmt: skip
+        self._measure(blocks * BLOCK)
+
+    def _measure(self, coded: int) -> None:
+        """Means and variances of the codes in every column, and a first guess of the thresholds' place."""
+        heads, shape = self.batch * self.groups, self.planes
+        rows = torch.arange(min(coded, SAMPLE), device=self._device) * coded // max(min(coded, SAMPLE), 1)
+        codes = self.codes[:, rows].int()
+        shifts = torch.tensor(planes.SHIFTS[: shape.count], device=self._device)
+        top = torch.from_numpy(shape.top[:, : shape.row]).to(self._device).int()
+        parts = ((codes[:, None] >> shifts[:, None, None]) & top[:, None]).float()  # (heads, P, rows, row)
+        self.means, self.spreads = torch.zeros(
+            2, heads, shape.count, shape.columns, dtype=torch.float32, device=self._device
+        )
+        if coded:
+            self.means[..., : shape.row] = parts.mean(2)
+            self.spreads[..., : shape.row] = parts.var(2, correction=0)
+        share = min(max(self.draws.budget / max(coded, 1), 1e-7), 0.5)
+        self.rho = torch.full((heads, self.padded), float(ndtri(1 - share)), device=self._device)
 
     def _fit(self, sizes: np.ndarray, queries: torch.Tensor | None) -> None:
         """Centre, floor and maps from evenly spaced tokens of each sequence."""
@@ -147,17 +164,18 @@ class SampledCache:
         heads, per, d, row = self.batch * self.groups, self.per, self.width, self.planes.row
         budget = self.draws.budget
         self.cap = max(256, -(-int(ROOMY * budget * per) // 64) * 64)
-        self.floor = int(budget) // STARVED
+        self.floor, self.crowd = int(budget) // STARVED, self.cap // 2
         self.splits = _splits(self._device, heads, self.tuning.resident)
 
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self._device)
 
         self.codes = new(heads, self.room, row, dtype=torch.uint8)
-        self.queries = new(heads, self.planes.count, self.padded, row, dtype=torch.int8)
+        self.queries = new(heads, self.planes.count, self.padded, self.planes.columns, dtype=torch.int8)
         self.sigma, self.tau = new(2, heads, self.padded, dtype=torch.float32)
         self.drawn, self.counts = new(heads, self.cap, dtype=torch.int64), new(heads)
-        self.status = new(heads, 3)
+        self.status = new(heads, 4)  # crowded, overflown, starved, refused: see `gpu.gather`
+        self.found = new(heads, self.padded) - 1
         self.parts = new(heads, self.splits, per, d, dtype=torch.float32)
         self.sums = new(heads, self.splits, per, dtype=torch.float32)
         self.lse = new(self.batch, self.groups * per, dtype=torch.float32)
@@ -178,8 +196,8 @@ class SampledCache:
         """One token: k, v (B, g, d), rows contiguous.  Nothing is checked; a full cache counts it in ``status``."""
         encode.append[(self.batch * self.groups,)](
             k, v, self.keys, self.values, *self._maps, self.codes, self.lengths, self.status, *k.stride()[:2],
-            *v.stride()[:2], *self._strides(), self.room, self.groups, self.scale, self.width, self.planes.row,
-            self.planes.count, **self._overlap, **self._launch, num_warps=4,
+            *v.stride()[:2], *self._strides(), self.room, self.groups, self.scale, self.width, self.planes.columns,
+            self.planes.row, self.planes.count, **self._overlap, **self._launch, num_warps=4,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, output: torch.Tensor) -> None:
@@ -200,19 +218,18 @@ class SampledCache:
         both = self._overlap | self._launch
         asm, grow = not INTERPRETED, int(k is not None)
         new_k, new_v = (self.keys[:, :, 0], self.values[:, :, 0]) if k is None or v is None else (k, v)
-        codes = self.codes.view(torch.int8)
         yield lambda: prepare.prepare[(heads, 1 + grow)](
-            q, self._query_map, codes, self.lengths, self.drawn, self.counts, self.queries, self.sigma, self.tau,
-            *q.stride()[:2], self.room, self.cap, draws.sinks, draws.recent, float(draws.budget), self.groups, new_k,
-            new_v, self.keys, self.values, *self._maps, *new_k.stride()[:2], *new_v.stride()[:2], *self._strides(),
-            self.scale, self.per, self.padded, self.width, shape.row, shape.count, shape.nibbles,
-            tune.sample * 64 // (max(shape.row, 32) * shape.count), tune.rounds, BLOCK, grow, asm, num_warps=tune.prepare_warps, **both,
+            q, self._query_map, self.means, self.spreads, self.found, self.rho, self.counts, self.queries, self.sigma,
+            self.tau, *q.stride()[:2], float(draws.budget), new_k, new_v, self.keys, self.values, *self._maps,
+            self.codes, self.lengths, *new_k.stride()[:2], *new_v.stride()[:2], *self._strides(), self.room,
+            self.groups, self.scale, self.per, self.padded, self.width, shape.columns, shape.row, shape.count, asm,
+            num_warps=tune.prepare_warps, **both,
         )  # fmt: skip
         yield lambda: scan.scan[(triton.cdiv(self.room, tune.scan_keys * tune.scan_tiles), heads)](
-            self.queries, self.sigma, self.tau, codes, self.lengths, self.seeds, self.drawn, self.counts, self.room,
-            self.cap, draws.sinks, draws.recent, shape.row, shape.count, shape.nibbles, self.padded, tune.scan_keys,
-            tune.scan_tiles, tune.scan_stages, draws.systematic, draws.redraw, grow, asm, num_warps=tune.scan_warps,
-            **both,
+            self.queries, self.sigma, self.tau, self.codes.view(torch.int8), self.lengths, self.seeds, self.drawn,
+            self.counts, self.found, self.room, self.cap, draws.sinks, draws.recent, self.crowd, shape.columns,
+            shape.row, shape.count, shape.nibbles, self.padded, tune.scan_keys, tune.scan_tiles, tune.scan_stages,
+            draws.systematic, draws.redraw, grow, asm, num_warps=tune.scan_warps, **both,
         )  # fmt: skip
         yield lambda: gather.gather[(self.splits, heads)](
             q, self.keys, self.values, self.drawn, self.counts, self.lengths, self.parts, self.sums, *q.stride()[:2],
@@ -223,8 +240,8 @@ class SampledCache:
         )  # fmt: skip
         yield lambda: gather.merge[(heads, self.per)](
             self.parts, self.sums, self.counts, self.lengths, self.status, output, self.lse, *output.stride()[:2],
-            self.room, self.cap, draws.sinks, draws.recent, self.floor, self.groups, self.splits, self.per, self.width,
-            triton.next_power_of_2(self.splits), grow, num_warps=4, **both,
+            self.room, self.cap, draws.sinks, draws.recent, self.floor, self.crowd, self.groups, self.splits, self.per,
+            self.width, triton.next_power_of_2(self.splits), grow, num_warps=4, **both,
         )  # fmt: skip
 
     def retuned(self, **changes: Any) -> None:
@@ -233,9 +250,9 @@ class SampledCache:
 
 
 def _splits(device: torch.device, heads: int, resident: int) -> int:
-    """Parts of a list: what fills the GPU's multiprocessors ``resident`` times, at most 64."""
+    """Parts of a list: what fills the GPU's multiprocessors ``resident`` times, at most 128."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return int(min(max(-(-processors * resident // heads), 1), 64))
+    return int(min(max(-(-processors * resident // heads), 1), 128))
 
 
 def _seeds(seed: int, heads: int) -> np.ndarray:
