@@ -48,8 +48,8 @@ def gather(
     g = tl.arange(0, GP)
     d = tl.arange(0, D)
     q = tl.load(Q + batch * q_b + (inner * G + g[:, None]) * q_h + d[None, :], mask=g[:, None] < G, other=0.0)
+    n = length(LENGTHS, head, room, GROW)  # no kernel of this step but the last writes it
     after_predecessor(PDL)
-    n = length(LENGTHS, head, room, GROW)
     start, stop, size, dense = _extent(n, tl.load(COUNTS + head), cap, floor, sinks, recent)
     known = tl.where(dense, size, n - stop + start)  # positions before this one name keys without the list
     shift = tl.where(dense, 0, stop - start)

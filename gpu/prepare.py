@@ -5,13 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu.codes import after_predecessor, log2, successor_may_start
+from gpu.codes import after_predecessor, length, log2, span, successor_may_start
 from gpu.encode import write_token
 
 GAIN = tl.constexpr(0.5)  # of the correction from step to step: half, because queries differ
-FARTHEST = tl.constexpr(4.0)  # base-2 logarithm of the largest correction of a number of keys
+FARTHEST = tl.constexpr(4.0)  # base-2 logarithm of the largest correction of a number of keys in one step
+MOST = tl.constexpr(12.0)  # and of all corrections together
 HIGHEST = tl.constexpr(12.0)  # deviations from the mean score between which thresholds stay
 LOWEST = tl.constexpr(-8.0)
+ROUNDS = tl.constexpr(4)  # of Newton's method, from the last step's place
+LN2 = tl.constexpr(0.6931471805599453)
 PARTS = tl.constexpr(16)  # a found key counts so much, see `gpu.scan.scan`
 
 
@@ -37,21 +40,48 @@ def _quantised(z, sigma, out, MEANS, SPREADS, R: tl.constexpr):
 
 
 @triton.jit
+def _mills(x):
+    """``(1 - Phi(x)) / phi(x)`` of the normal distribution, within 2 %: its bound of Sampford (1953), and by symmetry."""
+    y = tl.abs(x)
+    right = 4.0 / (3.0 * y + tl.sqrt(y * y + 8.0))
+    return tl.where(x >= 0, right, 2.5066283 * tl.exp(0.5 * tl.minimum(y * y, 160.0)) - right)
+
+
+@triton.jit
+def _normal_place(rho, deviation, target):
+    """Where a threshold draws exp(target) of normal scores: rho such that E min(1, exp(deviation (x - rho))) is that.
+
+    With x standard normal the mean is ``phi(rho) (mills(rho) + mills(deviation - rho))``, and its logarithm falls by
+    ``deviation mills(deviation - rho) / (mills(rho) + mills(deviation - rho))`` per unit of rho.
+    """
+    for _ in range(ROUNDS):
+        above, below = _mills(rho), _mills(deviation - rho)
+        off = tl.log(above + below) - 0.5 * rho * rho - 0.9189385 - target
+        slope = deviation * below / (above + below)
+        step = off / tl.maximum(slope, 0.1)
+        rho = tl.minimum(tl.maximum(rho + tl.minimum(tl.maximum(step, -1.5), 1.5), LOWEST), HIGHEST)
+    return rho
+
+
+@triton.jit
 def _thresholds(
-    Q, MAP, MEANS, SPREADS, FOUND, RHO, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, budget, head, heads,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr,
+    Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, COUNTS, QUERIES, SIGMA, TAU, LENGTHS, stride_b, stride_h, budget, room,
+    sinks, recent, head, heads, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr,
+    GROW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Quantise the G queries of a key-value head and set their thresholds.
 
-    A threshold lies RHO standard deviations of the head's estimated scores above their mean; both follow from the query
-    and the codes' means and variances, axis by axis.  RHO is the query head's own and moves from step to step by how
-    many keys the last threshold drew on average, FOUND / PARTS, against ``budget``: since the logarithm of that number
-    falls by at most one per unit of threshold, the correction never overshoots for a like query.  Any threshold leaves
+    A threshold lies where it would draw ``budget`` keys on average, were the head's estimated scores normal; their mean
+    and deviation follow from the query and the codes' means and variances, axis by axis.  They are not normal, so the
+    number aimed at is the budget times 2 ** TRIM, the query head's own, which moves from step to step by how many keys
+    the last threshold drew on average, FOUND / PARTS, against the budget.  The logarithm of that number falls by at
+    most one per unit of threshold, so that the correction does not overshoot for a like query.  Any threshold leaves
     the sums unbiased, because it does not depend on the step's own draw.
 
     Q (B, heads * G, D) by strides, rows contiguous; MAP (B * heads, PLANES, D + 1, R), MEANS, SPREADS (.., PLANES, R)
     float32; FOUND (.., GP) int32, negative where the last step is no measure -> QUERIES (.., PLANES, GP, R) int8,
-    SIGMA, TAU (.., GP) float32; RHO moved, FOUND and COUNTS zero.
+    SIGMA, TAU (.., GP) float32; TRIM and RHO (its place, in deviations) moved, FOUND and
+    COUNTS zero.
     """
     g = tl.arange(0, GP)
     d = tl.arange(0, D)
@@ -59,7 +89,9 @@ def _thresholds(
     rows = Q + (head // heads).to(tl.int64) * stride_b + ((head % heads) * G + g[None, :]) * stride_h
     q = tl.load(rows + d[:, None], mask=g[None, :] < G, other=0.0).to(tl.float32)
     rho = tl.load(RHO + head * GP + g)
+    trim = tl.load(TRIM + head * GP + g)
     found = tl.load(FOUND + head * GP + g)
+    start, stop = span(length(LENGTHS, head, room, GROW), sinks, recent)
     maps = MAP + head.to(tl.int64) * (PLANES * (D + 1) * R)
     z0 = _plane(q, maps, 0, D, R)
     z1 = _plane(q, maps, 1, D, R)
@@ -79,10 +111,13 @@ def _thresholds(
         mean, spread = mean + more, spread + wider
         more, wider = _quantised(z3, sigma, out + 3 * GP * R, MEANS + stats + 3 * R, SPREADS + stats + 3 * R, R)
         mean, spread = mean + more, spread + wider
-    deviation = tl.sqrt(tl.maximum(spread, 1e-20)) * sigma
+    deviation = tl.sqrt(tl.maximum(spread, 1e-20)) * sigma  # in base-2 scores, like the thresholds
     off = log2(tl.maximum(found.to(tl.float32), 1e-3) / (PARTS * budget), ASM)
     off = tl.where(found < 0, 0.0, tl.minimum(tl.maximum(off, -FARTHEST), FARTHEST))
-    rho = tl.minimum(tl.maximum(rho + GAIN * off / tl.maximum(deviation, 1e-3), LOWEST), HIGHEST)
+    trim = tl.minimum(tl.maximum(trim - GAIN * off, -MOST), MOST)
+    share = tl.minimum(budget / tl.maximum(stop - start, 1).to(tl.float32), 1.0)
+    rho = _normal_place(rho, tl.maximum(deviation, 1e-2) * LN2, (log2(share, ASM) + trim) * LN2)
+    tl.store(TRIM + head * GP + g, trim)
     tl.store(RHO + head * GP + g, rho)
     tl.store(FOUND + head * GP + g, tl.zeros((GP,), tl.int32))
     tl.store(SIGMA + head * GP + g, sigma)
@@ -92,14 +127,14 @@ def _thresholds(
 
 @triton.jit
 def prepare(
-    Q, MAP, MEANS, SPREADS, FOUND, RHO, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, budget, NEW_K, NEW_V, K, V,
-    KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, a_b, a_h, b_b, b_h, k_b, k_h, k_n, v_b, v_h, v_n, room,
+    Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, budget, sinks, recent,
+    NEW_K, NEW_V, K, V, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, a_b, a_h, b_b, b_h, k_b, k_h, k_n, v_b, v_h, v_n, room,
     heads, scale, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr,
-    PLANES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    PLANES: tl.constexpr, GROW: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Thresholds of every head and, where the grid has a second column, beside them its new token.
+    """Thresholds of every head and, in a growing step, beside them its new token.
 
-    grid (B * heads, 1) or, for a growing step, (B * heads, 2).  LENGTHS stay as they are until `gpu.gather.merge`
+    grid (B * heads, 1 + GROW).  LENGTHS stay as they are until `gpu.gather.merge`
     raises them: the kernels of a growing step count the token on top.
     """
     head = tl.program_id(0)
@@ -107,8 +142,8 @@ def prepare(
     successor_may_start(PDL)
     if tl.program_id(1) == 0:
         _thresholds(
-            Q, MAP, MEANS, SPREADS, FOUND, RHO, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, budget, head, heads, G,
-            GP, D, R, PLANES, ASM,
+            Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, COUNTS, QUERIES, SIGMA, TAU, LENGTHS, stride_b, stride_h, budget,
+            room, sinks, recent, head, heads, G, GP, D, R, PLANES, GROW, ASM,
         )  # fmt: skip
     else:
         n = tl.load(LENGTHS + head)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from scipy.special import ndtri
 
 from gpu import encode, gather, planes, prepare, scan
 from gpu.codes import INTERPRETED
@@ -120,7 +119,7 @@ class SampledCache:
         self._measure(blocks * BLOCK)
 
     def _measure(self, coded: int) -> None:
-        """Means and variances of the codes in every column, and a first guess of the thresholds' place."""
+        """Means and variances of the codes in every column, and where thresholds are searched from."""
         heads, shape = self.batch * self.groups, self.planes
         rows = torch.arange(min(coded, SAMPLE), device=self._device) * coded // max(min(coded, SAMPLE), 1)
         codes = self.codes[:, rows].int()
@@ -133,8 +132,8 @@ class SampledCache:
         if coded:
             self.means[..., : shape.row] = parts.mean(2)
             self.spreads[..., : shape.row] = parts.var(2, correction=0)
-        share = min(max(self.draws.budget / max(coded, 1), 1e-7), 0.5)
-        self.rho = torch.full((heads, self.padded), float(ndtri(1 - share)), device=self._device)
+        self.rho = torch.full((heads, self.padded), 3.0, device=self._device)
+        self.trim = torch.zeros(heads, self.padded, device=self._device)
 
     def _fit(self, sizes: np.ndarray, queries: torch.Tensor | None) -> None:
         """Centre, floor and maps from evenly spaced tokens of each sequence."""
@@ -219,11 +218,11 @@ class SampledCache:
         asm, grow = not INTERPRETED, int(k is not None)
         new_k, new_v = (self.keys[:, :, 0], self.values[:, :, 0]) if k is None or v is None else (k, v)
         yield lambda: prepare.prepare[(heads, 1 + grow)](
-            q, self._query_map, self.means, self.spreads, self.found, self.rho, self.counts, self.queries, self.sigma,
-            self.tau, *q.stride()[:2], float(draws.budget), new_k, new_v, self.keys, self.values, *self._maps,
+            q, self._query_map, self.means, self.spreads, self.found, self.trim, self.rho, self.counts, self.queries,
+            self.sigma, self.tau, *q.stride()[:2], float(draws.budget), draws.sinks, draws.recent, new_k, new_v, self.keys, self.values, *self._maps,
             self.codes, self.lengths, *new_k.stride()[:2], *new_v.stride()[:2], *self._strides(), self.room,
-            self.groups, self.scale, self.per, self.padded, self.width, shape.columns, shape.row, shape.count, asm,
-            num_warps=tune.prepare_warps, **both,
+            self.groups, self.scale, self.per, self.padded, self.width, shape.columns, shape.row, shape.count, grow,
+            asm, num_warps=tune.prepare_warps, **both,
         )  # fmt: skip
         yield lambda: scan.scan[(triton.cdiv(self.room, tune.scan_keys * tune.scan_tiles), heads)](
             self.queries, self.sigma, self.tau, self.codes.view(torch.int8), self.lengths, self.seeds, self.drawn,

@@ -21,8 +21,19 @@ from gpu.codes import (
 
 WHOLE = tl.constexpr(16777216.0)  # 2 ** UNIT
 PARTS = tl.constexpr(16)  # a found key counts so much in FOUND
-EVERY = tl.constexpr(4)  # tiles of which one is counted in FOUND
+EVERY = tl.constexpr(8)  # tiles of which one is counted in FOUND
 STEEP = tl.constexpr(16.0)  # a list that is full lowers chances by 2 ** -STEEP
+
+
+@triton.jit
+def _compact(x, ANY, KEYS: tl.constexpr):
+    """x (KEYS,) as it is, but spread over the threads without repeats.
+
+    The products leave every key's maximum in four threads, and all that follows would be done four times over.  A load
+    has a layout of its own, so that what stands in for masked elements must come in it: none is read here.
+    """
+    key = tl.arange(0, KEYS)
+    return tl.load(ANY + key, mask=key < 0, other=x, volatile=True)  # volatile: not worth pipelining
 
 
 @triton.jit
@@ -62,6 +73,9 @@ def scan(
             first = tl.load(codes + row[:, None] * ROW + r[None, :])
         else:
             first = tl.load(codes + row[:, None] * ROW + r[None, :], mask=r[None, :] < ROW, other=0)
+    n = length(LENGTHS, head, room, GROW)  # nor do these
+    start, stop = span(n, sinks, recent)
+    seed = generator(tl.load(SEEDS + head), n if REDRAW else 0 * n)
     after_predecessor(PDL)
     query = QUERIES + head * (PLANES * GP * R) + g[:, None] * R + r[None, :]
     q0 = tl.trans(tl.load(query))
@@ -72,9 +86,6 @@ def scan(
         mask = column_mask(R, NIBBLES, KEYS)
     sigma = tl.load(SIGMA + head * GP + g)
     tau = tl.load(TAU + head * GP + g)
-    n = length(LENGTHS, head, room, GROW)
-    start, stop = span(n, sinks, recent)
-    seed = generator(tl.load(SEEDS + head), n if REDRAW else 0 * n)
     over = tl.load(COUNTS + head, cache_modifier=".cg") - crowd
     top = UNIT - STEEP * tl.maximum(over, 0).to(tl.float32) / (cap - crowd).to(tl.float32)
     if tile * KEYS < stop:
@@ -99,7 +110,7 @@ def scan(
                 sums = tl.dot(a, q0, out_dtype=tl.int32)
                 sums = tl.dot(b, q1, acc=sums, out_dtype=tl.int32)
             each = sums.to(tl.float32) * sigma[None, :] - tau[None, :]
-            odds = tl.reshape(tl.max(each, 1), (KEYS // BLOCK, BLOCK))
+            odds = tl.reshape(_compact(tl.max(each, 1), TAU, KEYS), (KEYS // BLOCK, BLOCK))
             block = base // BLOCK + tl.arange(0, KEYS // BLOCK)
             index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
             chance = tl.exp2(tl.minimum(odds, 0.0) + top).to(tl.int32)
