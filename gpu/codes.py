@@ -14,6 +14,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 UNIT = tl.constexpr(24)  # chances are multiples of 2 ** -UNIT: what is drawn then has exactly the chance it is weighed by
 
 
+LINE = tl.constexpr(32)  # int32 in a cache line; counters that many programs raise keep apart by that much
+
+
 @triton.jit
 def after_predecessor(PDL: tl.constexpr):
     """Wait for the kernel before this one, whose end this one's start may overlap."""

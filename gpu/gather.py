@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu.codes import LOG2E, after_predecessor, entry, length, span
+from gpu.codes import LINE, LOG2E, after_predecessor, entry, length, span
 
 CROWDED = tl.constexpr(0)  # columns of STATUS: more keys than expected, chances were lowered on the way;
 OVERFLOW = tl.constexpr(1)  # still more than the list can hold, all keys were read;
@@ -50,7 +50,7 @@ def gather(
     q = tl.load(Q + batch * q_b + (inner * G + g[:, None]) * q_h + d[None, :], mask=g[:, None] < G, other=0.0)
     n = length(LENGTHS, head, room, GROW)  # no kernel of this step but the last writes it
     after_predecessor(PDL)
-    start, stop, size, dense = _extent(n, tl.load(COUNTS + head), cap, floor, sinks, recent)
+    start, stop, size, dense = _extent(n, tl.load(COUNTS + head * LINE), cap, floor, sinks, recent)
     known = tl.where(dense, size, n - stop + start)  # positions before this one name keys without the list
     shift = tl.where(dense, 0, stop - start)
     per = tl.cdiv(tl.cdiv(size, splits), 16) * 16
@@ -110,7 +110,7 @@ def merge(
     tl.store(O + (head // heads).to(tl.int64) * o_b + ((head % heads) * G + h) * o_h + d, output.to(O.dtype.element_ty))
     tl.store(LSE + head * G + h, (top + tl.log2(tl.maximum(total, 1e-30))) * (1.0 / LOG2E))
     if h == 0:
-        count = tl.load(COUNTS + head)
+        count = tl.load(COUNTS + head * LINE)
         before = tl.load(LENGTHS + head)
         n = tl.minimum(before + GROW, room)
         _, _, _, dense = _extent(n, count, cap, floor, sinks, recent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu.codes import after_predecessor, length, log2, span, successor_may_start
+from gpu.codes import LINE, after_predecessor, length, log2, span, successor_may_start
 from gpu.encode import write_token
 
 GAIN = tl.constexpr(0.5)  # of the correction from step to step: half, because queries differ
@@ -13,7 +13,7 @@ FARTHEST = tl.constexpr(4.0)  # base-2 logarithm of the largest correction of a 
 MOST = tl.constexpr(12.0)  # and of all corrections together
 HIGHEST = tl.constexpr(12.0)  # deviations from the mean score between which thresholds stay
 LOWEST = tl.constexpr(-8.0)
-ROUNDS = tl.constexpr(4)  # of Newton's method, from the last step's place
+ROUNDS = tl.constexpr(2)  # of Newton's method, from the last step's place
 LN2 = tl.constexpr(0.6931471805599453)
 PARTS = tl.constexpr(16)  # a found key counts so much, see `gpu.scan.scan`
 
@@ -79,7 +79,7 @@ def _thresholds(
     the sums unbiased, because it does not depend on the step's own draw.
 
     Q (B, heads * G, D) by strides, rows contiguous; MAP (B * heads, PLANES, D + 1, R), MEANS, SPREADS (.., PLANES, R)
-    float32; FOUND (.., GP) int32, negative where the last step is no measure -> QUERIES (.., PLANES, GP, R) int8,
+    float32; FOUND (.., LINE) int32, negative where the last step is no measure -> QUERIES (.., PLANES, GP, R) int8,
     SIGMA, TAU (.., GP) float32; TRIM and RHO (its place, in deviations) moved, FOUND and
     COUNTS zero.
     """
@@ -90,7 +90,7 @@ def _thresholds(
     q = tl.load(rows + d[:, None], mask=g[None, :] < G, other=0.0).to(tl.float32)
     rho = tl.load(RHO + head * GP + g)
     trim = tl.load(TRIM + head * GP + g)
-    found = tl.load(FOUND + head * GP + g)
+    found = tl.load(FOUND + head * LINE + g)
     start, stop = span(length(LENGTHS, head, room, GROW), sinks, recent)
     maps = MAP + head.to(tl.int64) * (PLANES * (D + 1) * R)
     z0 = _plane(q, maps, 0, D, R)
@@ -119,10 +119,10 @@ def _thresholds(
     rho = _normal_place(rho, tl.maximum(deviation, 1e-2) * LN2, (log2(share, ASM) + trim) * LN2)
     tl.store(TRIM + head * GP + g, trim)
     tl.store(RHO + head * GP + g, rho)
-    tl.store(FOUND + head * GP + g, tl.zeros((GP,), tl.int32))
+    tl.store(FOUND + head * LINE + g, tl.zeros((GP,), tl.int32))
     tl.store(SIGMA + head * GP + g, sigma)
     tl.store(TAU + head * GP + g, tl.where(g < G, mean * sigma + rho * deviation, float("inf")))
-    tl.store(COUNTS + head, 0)
+    tl.store(COUNTS + head * LINE, 0)
 
 
 @triton.jit

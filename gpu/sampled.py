@@ -16,6 +16,7 @@ import triton
 
 from gpu import encode, gather, planes, prepare, scan
 from gpu.codes import INTERPRETED
+from gpu.codes import LINE as COUNTERS
 from hsr import checks
 from hsr.coded_scan import KEYS as BLOCK
 from hsr.coder import SAMPLE
@@ -27,6 +28,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 GROUP = 16  # most query heads of a key-value head
 NEAR, TINY = 0.1, 1e-30  # as in `attention.values`: nearer values are sampled as if so far from the centre
 STARVED = 4  # a list of fewer than budget / STARVED keys is not trusted
+SHARE = 32  # keys of a full list that are worth a gathering program
 ROOMY = 4  # times the budget of all heads that a list can hold; from half of that on it counts as crowded
 
 
@@ -38,11 +40,11 @@ class Tuning:
     scan_tiles: int = 1
     scan_warps: int = 1
     scan_stages: int = 3
-    prepare_warps: int = 8
+    prepare_warps: int = 4
     gather_keys: int = 64
     gather_warps: int = 4
     gather_stages: int = 2
-    resident: int = 3  # gathering programs per multiprocessor
+    resident: int = 4  # gathering programs per multiprocessor
     overlap: bool = True  # of a kernel's start with its predecessor's end
 
 
@@ -164,7 +166,7 @@ class SampledCache:
         budget = self.draws.budget
         self.cap = max(256, -(-int(ROOMY * budget * per) // 64) * 64)
         self.floor, self.crowd = int(budget) // STARVED, self.cap // 2
-        self.splits = _splits(self._device, heads, self.tuning.resident)
+        self.splits = _splits(self._device, heads, self.tuning.resident, per * budget)
 
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self._device)
@@ -172,9 +174,9 @@ class SampledCache:
         self.codes = new(heads, self.room, row, dtype=torch.uint8)
         self.queries = new(heads, self.planes.count, self.padded, self.planes.columns, dtype=torch.int8)
         self.sigma, self.tau = new(2, heads, self.padded, dtype=torch.float32)
-        self.drawn, self.counts = new(heads, self.cap, dtype=torch.int64), new(heads)
+        self.drawn, self.counts = new(heads, self.cap, dtype=torch.int64), new(heads, int(COUNTERS.value))
         self.status = new(heads, 4)  # crowded, overflown, starved, refused: see `gpu.gather`
-        self.found = new(heads, self.padded) - 1
+        self.found = new(heads, int(COUNTERS.value)) - 1
         self.parts = new(heads, self.splits, per, d, dtype=torch.float32)
         self.sums = new(heads, self.splits, per, dtype=torch.float32)
         self.lse = new(self.batch, self.groups * per, dtype=torch.float32)
@@ -222,7 +224,7 @@ class SampledCache:
             self.sigma, self.tau, *q.stride()[:2], float(draws.budget), draws.sinks, draws.recent, new_k, new_v, self.keys, self.values, *self._maps,
             self.codes, self.lengths, *new_k.stride()[:2], *new_v.stride()[:2], *self._strides(), self.room,
             self.groups, self.scale, self.per, self.padded, self.width, shape.columns, shape.row, shape.count, grow,
-            asm, num_warps=tune.prepare_warps, **both,
+            asm, num_warps=max(tune.prepare_warps, shape.columns * self.width // 2048), **both,
         )  # fmt: skip
         yield lambda: scan.scan[(triton.cdiv(self.room, tune.scan_keys * tune.scan_tiles), heads)](
             self.queries, self.sigma, self.tau, self.codes.view(torch.int8), self.lengths, self.seeds, self.drawn,
@@ -248,10 +250,11 @@ class SampledCache:
         self.tuning = replace(self.tuning, **changes)
 
 
-def _splits(device: torch.device, heads: int, resident: int) -> int:
-    """Parts of a list: what fills the GPU's multiprocessors ``resident`` times, at most 128."""
+def _splits(device: torch.device, heads: int, resident: int, listed: float) -> int:
+    """Parts of a list, a power of two: what fills the multiprocessors ``resident`` times, but some keys for each."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return int(min(max(-(-processors * resident // heads), 1), 128))
+    most = max(min(processors * resident // heads, int(listed) // SHARE), 1)
+    return min(1 << (most.bit_length() - 1), 64)
 
 
 def _seeds(seed: int, heads: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from gpu.codes import (
     BLOCK,
+    LINE,
     UNIT,
     after_predecessor,
     column_mask,
@@ -49,8 +50,9 @@ def scan(
 
     QUERIES (heads, PLANES, GP, R) int8, SIGMA, TAU (heads, GP) float32: ``log2 pi = sum SIGMA - TAU``, TAU = +inf in
     padded rows; CODES (heads, room, ROW) bytes, ROW at most R; LENGTHS (heads,) int32, SEEDS (heads,) int32
-    -> DRAWN (heads, cap) int64, a key's id below ``pi * 2 ** (32 + UNIT)``, unordered between tiles; COUNTS (heads,)
-    int32, zero at the start, above cap where keys were drawn and not listed; FOUND (heads, GP) int32, PARTS times how
+    -> DRAWN (heads, cap) int64, a key's id below ``pi * 2 ** (32 + UNIT)``, unordered between tiles; COUNTS (heads,
+    LINE) int32, first column, zero at the start, above cap where keys were drawn and not listed; FOUND (heads, LINE)
+    int32, first GP columns, PARTS times how
     many keys each query head alone draws on average, as one in EVERY tiles' draws estimate it.
 
     A chance is rounded to a multiple of 2 ** -24, at least one, and that multiple is both drawn by and weighed by, so
@@ -86,7 +88,7 @@ def scan(
         mask = column_mask(R, NIBBLES, KEYS)
     sigma = tl.load(SIGMA + head * GP + g)
     tau = tl.load(TAU + head * GP + g)
-    over = tl.load(COUNTS + head, cache_modifier=".cg") - crowd
+    over = tl.load(COUNTS + head * LINE, cache_modifier=".cg") - crowd
     top = UNIT - STEEP * tl.maximum(over, 0).to(tl.float32) / (cap - crowd).to(tl.float32)
     if tile * KEYS < stop:
         for j in tl.range(0, TILES, num_stages=STAGES):
@@ -128,7 +130,7 @@ def scan(
                 place = tl.cumsum(one, 1) - one
             total = tl.sum(found, 0)
             if total > 0:
-                place += (tl.atomic_add(COUNTS + head, total, sem="relaxed") + tl.cumsum(found, 0) - found)[:, None]
+                place += (tl.atomic_add(COUNTS + head * LINE, total, sem="relaxed") + tl.cumsum(found, 0) - found)[:, None]
                 place = tl.where(drawn, place, cap)
                 listed = (chance.to(tl.int64) << 32) | index
                 tl.store(DRAWN + head.to(tl.int64) * cap + place, listed, mask=place < cap)
@@ -136,4 +138,4 @@ def scan(
                     stands = tl.where(drawn, WHOLE / tl.maximum(chance, 1).to(tl.float32), 0.0)
                     alone = tl.exp2(tl.minimum(each, 0.0)) * tl.reshape(stands, (KEYS,))[:, None]
                     number = tl.minimum(tl.sum(alone, 0) * (PARTS * EVERY), 1e8).to(tl.int32)
-                    tl.atomic_add(FOUND + head * GP + g, number, sem="relaxed")
+                    tl.atomic_add(FOUND + head * LINE + g, number, sem="relaxed")
