@@ -27,6 +27,7 @@ CASES = {  # name -> module with rows(quick, note), an iterable of dicts with eq
     "scaling": "benchmarks.scaling_case",
     "tree-data": "benchmarks.tree_data_case",
     "pruning": "benchmarks.pruning_case",
+    "decode-gpu": "benchmarks.decode_gpu_case",
 }
 PACKAGES = ("hsr-attention", "numpy", "scipy", "numba", "faiss-cpu", "torch", "triton", "transformers")
 ROOT = Path(__file__).resolve().parents[1]

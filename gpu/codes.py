@@ -11,7 +11,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 BLOCK = tl.constexpr(64)  # keys that are coded together and that share a systematic draw, as on the CPU
 LOG2E = tl.constexpr(1.4426950408889634)
-UNIT = tl.constexpr(24)  # chances are multiples of 2 ** -UNIT: what is drawn then has exactly the chance it is weighed by
+UNIT = tl.constexpr(
+    24
+)  # chances are multiples of 2 ** -UNIT: what is drawn then has exactly the chance it is weighed by
 
 
 LINE = tl.constexpr(32)  # int32 in a cache line; counters that many programs raise keep apart by that much
@@ -55,9 +57,7 @@ def uniform(key, counter):
 def log2(x, ASM: tl.constexpr):
     """Base-2 logarithm, within 2 ** -22 absolutely: one instruction where Triton's own takes twenty."""
     if ASM:
-        found = tl.inline_asm_elementwise(
-            "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        found = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         found = tl.log2(x)
     return found

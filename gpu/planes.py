@@ -50,7 +50,14 @@ class Planes:
         return self.half.shape[1]
 
 
-def fitted(keys: np.ndarray, lift: np.ndarray, scale: float, row: int, queries: np.ndarray | None) -> Planes:
+def fitted(
+    keys: np.ndarray,
+    lift: np.ndarray,
+    scale: float,
+    row: int,
+    queries: np.ndarray | None,
+    widths: tuple[int, ...] = WIDTHS,
+) -> Planes:
     """Fit a coder to a sample and lay it out.
 
     Args:
@@ -59,15 +66,18 @@ def fitted(keys: np.ndarray, lift: np.ndarray, scale: float, row: int, queries: 
         scale: of the scores.
         row: bytes per key, one of ROWS.
         queries: (g, m, d) like those to come, or None.
+        widths: bits that a code may have, some of WIDTHS.
 
     Raises:
         ArgumentError: a row that the kernels have no form for.
     """
+    if not widths or not set(widths) <= set(WIDTHS):
+        raise ArgumentError(f"widths must be some of {WIDTHS} on cuda; got {widths}")
     if row not in ROWS:
         raise ArgumentError(f"bytes_per_key must be one of {', '.join(map(str, ROWS))} on cuda; got {row}")
     lifted = np.concatenate([keys, lift[..., None] / scale], axis=2)
     known = None if queries is None else np.concatenate([queries, np.ones((*queries.shape[:2], 1))], axis=2)
-    return planes_of(fit(lifted, row, known, WIDTHS), scale)
+    return planes_of(fit(lifted, row, known, widths), scale)
 
 
 def planes_of(coder: Coder, scale: float) -> Planes:

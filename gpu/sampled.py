@@ -43,7 +43,7 @@ class Tuning:
     prepare_warps: int = 4
     gather_keys: int = 64
     gather_warps: int = 4
-    gather_stages: int = 2
+    gather_stages: int = 1
     resident: int = 4  # gathering programs per multiprocessor
     overlap: bool = True  # of a kernel's start with its predecessor's end
 
@@ -57,6 +57,7 @@ class Draws:
         bytes_per_key: 16, 24, 32, 48, 64, 96 or 128.
         sinks, recent: kept always; recent at least 64, because younger blocks have no codes yet.
         seed, redraw, systematic: of the draw.
+        widths: bits that a code may have: (4, 2), or (4,), whose scan is faster and a little less sharp per byte.
     """
 
     budget: float
@@ -66,6 +67,7 @@ class Draws:
     seed: int = 0
     redraw: bool = True
     systematic: bool = True
+    widths: tuple[int, ...] = planes.WIDTHS
 
 
 class SampledCache:
@@ -79,6 +81,7 @@ class SampledCache:
         room: tokens that the cache can hold; None is n and a quarter more.
         lengths: (B,) tokens of each sequence, at most n; None means n for all.
         queries: (B, h, m, d) like those to come, which the codes are then made for; None where none are known.
+        coded: planes fitted before, for B * g heads; None fits them here.
         tuning: shapes of the launches.
 
     Raises:
@@ -96,6 +99,7 @@ class SampledCache:
         room: int | None = None,
         lengths: Any = None,
         queries: torch.Tensor | None = None,
+        coded: planes.Planes | None = None,
         tuning: Tuning = Tuning(),  # noqa: B008 - frozen
     ) -> None:
         _check(k, v, heads, draws)
@@ -110,7 +114,7 @@ class SampledCache:
         self.keys[:, :, :n], self.values[:, :, :n] = k, v
         sizes = checks.lengths("lengths", lengths, (B,), n, least=1)
         self.lengths = torch.from_numpy(np.repeat(sizes, g)).to(k.device, torch.int32)
-        self._fit(sizes, queries)
+        self._fit(sizes, queries, coded)
         self._allocate()
         blocks = n // BLOCK
         if blocks:
@@ -137,15 +141,13 @@ class SampledCache:
         self.rho = torch.full((heads, self.padded), 3.0, device=self._device)
         self.trim = torch.zeros(heads, self.padded, device=self._device)
 
-    def _fit(self, sizes: np.ndarray, queries: torch.Tensor | None) -> None:
+    def _fit(self, sizes: np.ndarray, queries: torch.Tensor | None, coded: planes.Planes | None) -> None:
         """Centre, floor and maps from evenly spaced tokens of each sequence."""
         B, g, d = self.batch, self.groups, self.width
         many = min(SAMPLE, int(sizes.max()))
         at = torch.from_numpy(np.arange(many) * sizes[:, None] // many).to(self._device)
         index = at[:, None, :, None].expand(B, g, many, d)
-        keys, values = (
-            part.gather(2, index).float().reshape(B * g, many, d) for part in (self.keys, self.values)
-        )
+        keys, values = (part.gather(2, index).float().reshape(B * g, many, d) for part in (self.keys, self.values))
         centre = values.mean(1)
         distance = (values - centre[:, None]).norm(dim=2)
         floor = NEAR * distance.square().mean(1).sqrt() + TINY
@@ -153,8 +155,10 @@ class SampledCache:
         known = None
         if queries is not None:
             known = queries.float().reshape(B * g, -1, d).cpu().numpy()
-        self.planes = planes.fitted(keys.cpu().numpy(), lift.cpu().numpy(), self.scale, self.draws.bytes_per_key, known)
-        found = self.planes
+        found = coded or planes.fitted(
+            keys.cpu().numpy(), lift.cpu().numpy(), self.scale, self.draws.bytes_per_key, known, self.draws.widths
+        )
+        self.planes = found
         to = dict(device=self._device)
         self._query_map = torch.from_numpy(found.query_map).to(**to)
         maps = (torch.from_numpy(part).to(**to) for part in (found.key_map, found.mean))

@@ -130,7 +130,9 @@ def scan(
                 place = tl.cumsum(one, 1) - one
             total = tl.sum(found, 0)
             if total > 0:
-                place += (tl.atomic_add(COUNTS + head * LINE, total, sem="relaxed") + tl.cumsum(found, 0) - found)[:, None]
+                place += (tl.atomic_add(COUNTS + head * LINE, total, sem="relaxed") + tl.cumsum(found, 0) - found)[
+                    :, None
+                ]
                 place = tl.where(drawn, place, cap)
                 listed = (chance.to(tl.int64) << 32) | index
                 tl.store(DRAWN + head.to(tl.int64) * cap + place, listed, mask=place < cap)
