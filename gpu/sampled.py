@@ -186,6 +186,17 @@ class SampledCache:
         self.lse = new(self.batch, self.groups * per, dtype=torch.float32)
         self.seeds = torch.from_numpy(_seeds(self.draws.seed, heads)).to(self._device)
 
+    def reserve(self, room: int) -> None:
+        """Make room for so many tokens in all; graphs that were captured before still use the old memory."""
+        if room <= self.room:
+            return
+        room = -(-room // BLOCK) * BLOCK
+        cache = self.cache.new_zeros(*self.cache.shape[:2], room, *self.cache.shape[3:])
+        codes = self.codes.new_zeros(self.codes.shape[0], room, self.codes.shape[2])
+        cache[:, :, : self.room], codes[:, : self.room] = self.cache, self.codes
+        self.cache, self.codes, self.room = cache, codes, room
+        self.keys, self.values = cache[..., 0, :], cache[..., 1, :]
+
     def _strides(self) -> tuple[int, ...]:
         return (*self.keys.stride()[:3], *self.values.stride()[:3])
 
