@@ -14,6 +14,7 @@ MOST = tl.constexpr(12.0)  # and of all corrections together
 HIGHEST = tl.constexpr(12.0)  # deviations from the mean score between which thresholds stay
 LOWEST = tl.constexpr(-8.0)
 ROUNDS = tl.constexpr(2)  # of Newton's method, from the last step's place
+EVERYTHING = tl.constexpr(-1e30)  # a threshold below every score
 LN2 = tl.constexpr(0.6931471805599453)
 PARTS = tl.constexpr(16)  # a found key counts so much, see `gpu.scan.scan`
 
@@ -76,7 +77,7 @@ def _thresholds(
     number aimed at is the budget times 2 ** TRIM, the query head's own, which moves from step to step by how many keys
     the last threshold drew on average, FOUND / PARTS, against the budget.  The logarithm of that number falls by at
     most one per unit of threshold, so that the correction does not overshoot for a like query.  Any threshold leaves
-    the sums unbiased, because it does not depend on the step's own draw.
+    the sums unbiased, because it does not depend on the step's own draw.  A budget beyond all keys draws them all.
 
     Q (B, heads * G, D) by strides, rows contiguous; MAP (B * heads, PLANES, D + 1, R), MEANS, SPREADS (.., PLANES, R)
     float32; FOUND (.., LINE) int32, negative where the last step is no measure -> QUERIES (.., PLANES, GP, R) int8,
@@ -113,15 +114,17 @@ def _thresholds(
         mean, spread = mean + more, spread + wider
     deviation = tl.sqrt(tl.maximum(spread, 1e-20)) * sigma  # in base-2 scores, like the thresholds
     off = log2(tl.maximum(found.to(tl.float32), 1e-3) / (PARTS * budget), ASM)
-    off = tl.where(found < 0, 0.0, tl.minimum(tl.maximum(off, -FARTHEST), FARTHEST))
+    size = (stop - start).to(tl.float32)
+    off = tl.where((found < 0) | (size <= budget), 0.0, tl.minimum(tl.maximum(off, -FARTHEST), FARTHEST))
     trim = tl.minimum(tl.maximum(trim - GAIN * off, -MOST), MOST)
-    share = tl.minimum(budget / tl.maximum(stop - start, 1).to(tl.float32), 1.0)
+    share = tl.minimum(budget / tl.maximum(size, 1.0), 1.0)
     rho = _normal_place(rho, tl.maximum(deviation, 1e-2) * LN2, (log2(share, ASM) + trim) * LN2)
     tl.store(TRIM + head * GP + g, trim)
     tl.store(RHO + head * GP + g, rho)
     tl.store(FOUND + head * LINE + g, tl.zeros((GP,), tl.int32))
     tl.store(SIGMA + head * GP + g, sigma)
-    tl.store(TAU + head * GP + g, tl.where(g < G, mean * sigma + rho * deviation, float("inf")))
+    tau = tl.where(size <= budget, EVERYTHING, mean * sigma + rho * deviation)
+    tl.store(TAU + head * GP + g, tl.where(g < G, tau, float("inf")))
     tl.store(COUNTS + head * LINE, 0)
 
 

@@ -100,7 +100,7 @@ class SampledCache:
         lengths: Any = None,
         queries: torch.Tensor | None = None,
         coded: planes.Planes | None = None,
-        tuning: Tuning = Tuning(),  # noqa: B008 - frozen
+        tuning: Tuning = Tuning(),
     ) -> None:
         _check(k, v, heads, draws)
         B, g, n, d = k.shape

@@ -19,7 +19,6 @@ from gpu.codes import (
     uniform,
 )
 
-
 WHOLE = tl.constexpr(16777216.0)  # 2 ** UNIT
 PARTS = tl.constexpr(16)  # a found key counts so much in FOUND
 EVERY = tl.constexpr(8)  # tiles of which one is counted in FOUND
