@@ -11,6 +11,8 @@ import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,7 +180,7 @@ def ideal_error(scores: torch.Tensor, v: torch.Tensor, output: torch.Tensor, dra
     return float((variance.sqrt() / out.norm(dim=2)).mean())
 
 
-def ours(inputs: Inputs, setting: Setting, fits: dict[str, Planes], read: float) -> dict[str, object]:
+def ours(inputs: Inputs, setting: Setting, fits: dict[str, Planes], read: float) -> dict[str, Any]:
     """Errors, then times, of one setting."""
     B, g, n, d = inputs.k.shape
     h = inputs.q.shape[2]
@@ -217,7 +219,8 @@ def ours(inputs: Inputs, setting: Setting, fits: dict[str, Planes], read: float)
     rel_err, oracle_err, ideal_err, union = (float(np.mean(found)) for found in (errors, oracle, ideal, counts))
     if not rel_err < FAITHFUL * ideal_err + EXACT:
         raise WrongAnswer(
-            f"{setting.name} at {(B, h, g, d, n)} errs by {rel_err:.4f}; drawing by exact scores would by {ideal_err:.4f}"
+            f"{setting.name} at {(B, h, g, d, n)} errs by {rel_err:.4f}; "
+            f"drawing by exact scores would by {ideal_err:.4f}"
         )
     us = replay_us(calls)
     upto = [
@@ -225,7 +228,7 @@ def ours(inputs: Inputs, setting: Setting, fits: dict[str, Planes], read: float)
         for many in (1, 2, 3)
     ]
     moved = B * g * (n * draws.bytes_per_key + union * 4 * d)
-    found = {
+    found: dict[str, Any] = {
         "us": us,
         "rel_err": rel_err,
         "keys_per_head": draws.budget,
@@ -295,9 +298,7 @@ def dense_times(inputs: Inputs) -> dict[str, float]:
         try:
             output = kernel(inputs.q[0], inputs.k, inputs.v)
             if relative(output[0].reshape(-1, d), wanted) < EXACT:
-                found[name] = replay_us(
-                    [lambda kernel=kernel, q=q, k=k, v=v: kernel(q, k, v) for k, v in pairs for q in inputs.q]
-                )
+                found[name] = replay_us([partial(kernel, q, k, v) for k, v in pairs for q in inputs.q])
         except RuntimeError:  # this kernel does not serve the shape
             continue
     if not found:

@@ -93,7 +93,8 @@ def write_token(
 @triton.jit
 def append(
     NEW_K, NEW_V, K, V, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, STATUS, a_b, a_h, b_b, b_h, k_b, k_h, k_n,
-    v_b, v_h, v_n, room, heads, scale, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
+    v_b, v_h, v_n, room, heads, scale, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr,
+    PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add one token; grid (B * heads,).
 

@@ -1,4 +1,4 @@
-"""Attention over the listed keys, with the sinks and the recent ones, split along the list; and the merge of the parts."""
+"""Attention over the listed keys, the sinks and the recent ones, split along the list; and the merge of the parts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _extent(n, count, cap, floor, sinks, recent):
 
 @triton.jit
 def gather(
-    Q, K, V, DRAWN, COUNTS, LENGTHS, PARTS, SUMS, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n, room, cap, sinks, recent, floor,
-    scale, heads, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    Q, K, V, DRAWN, COUNTS, LENGTHS, PARTS, SUMS, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n, room, cap, sinks, recent,
+    floor, scale, heads, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     GROW: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Part of a head's keys; grid (splits, B * heads).  Counts stay on the device, parts are cut evenly from them.
@@ -87,13 +87,13 @@ def gather(
 
 @triton.jit
 def merge(
-    PARTS, SUMS, COUNTS, LENGTHS, STATUS, O, LSE, o_b, o_h, room, cap, sinks, recent, floor, crowd, heads, splits, G: tl.constexpr,
-    D: tl.constexpr, SPLITS: tl.constexpr, GROW: tl.constexpr, PDL: tl.constexpr,
+    PARTS, SUMS, COUNTS, LENGTHS, STATUS, OUTPUT, LSE, o_b, o_h, room, cap, sinks, recent, floor, crowd, heads, splits,
+    G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, GROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Parts of `gather` -> O (B, heads * G, D) by strides, LSE (B * heads * G,) natural; grid (B * heads, G).
+    """Parts of `gather` -> OUTPUT (B, heads * G, D) by strides, LSE (B * heads * G,) natural; grid (B * heads, G).
 
     STATUS (B * heads, COLUMNS) int32 counts what went beside the plan.  A growing step ends here: LENGTHS are raised.
-    O is zero and LSE -inf where there are no keys.
+    OUTPUT is zero and LSE -inf where there are no keys.
     """
     head = tl.program_id(0)
     h = tl.program_id(1)
@@ -107,7 +107,10 @@ def merge(
     weight = tl.exp2(sums - tl.where(top == -float("inf"), 0.0, top))
     total = tl.sum(weight, 0)
     output = tl.sum(tl.where(weight[:, None] > 0, parts * weight[:, None], 0.0), 0) / tl.maximum(total, 1e-30)
-    tl.store(O + (head // heads).to(tl.int64) * o_b + ((head % heads) * G + h) * o_h + d, output.to(O.dtype.element_ty))
+    tl.store(
+        OUTPUT + (head // heads).to(tl.int64) * o_b + ((head % heads) * G + h) * o_h + d,
+        output.to(OUTPUT.dtype.element_ty),
+    )
     tl.store(LSE + head * G + h, (top + tl.log2(tl.maximum(total, 1e-30))) * (1.0 / LOG2E))
     if h == 0:
         count = tl.load(COUNTS + head * LINE)

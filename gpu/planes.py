@@ -1,9 +1,10 @@
 """A `hsr.coder.Coder` in the layout that the kernels read: rows of bytes, cut into planes.
 
 A key's code is one row of 16 to 128 bytes: first a column per pair of 4-bit axes, then a column per four 2-bit axes.
-The kernels see R columns, a power of two from 32 on; those beyond a row are empty.  *Plane* p holds, for every column, the bits from ``SHIFTS[p]`` on: two planes where all columns are
-nibbles, four otherwise.  A query has one int8 row per plane, zero where a column has no axis in it, so that the sum of
-the planes' integer products with the masked and shifted bytes is the sum over the axes.
+The kernels see R columns, a power of two from 32 on; those beyond a row are empty.  *Plane* p holds, for every column,
+the bits from ``SHIFTS[p]`` on: two planes where all columns are nibbles, four otherwise.  A query has one int8 row per
+plane, zero where a column has no axis in it, so that the sum of the planes' integer products with the masked and
+shifted bytes is the sum over the axes.
 
 Keys are widened by the lift of `hsr.lifted`, which is one more coordinate, so maps have d + 1 rows.
 """

@@ -42,7 +42,7 @@ def _quantised(z, sigma, out, MEANS, SPREADS, R: tl.constexpr):
 
 @triton.jit
 def _mills(x):
-    """``(1 - Phi(x)) / phi(x)`` of the normal distribution, within 2 %: its bound of Sampford (1953), and by symmetry."""
+    """``(1 - Phi(x)) / phi(x)`` of the normal distribution, within 2 %: Sampford's bound (1953), and by symmetry."""
     y = tl.abs(x)
     right = 4.0 / (3.0 * y + tl.sqrt(y * y + 8.0))
     return tl.where(x >= 0, right, 2.5066283 * tl.exp(0.5 * tl.minimum(y * y, 160.0)) - right)
@@ -67,8 +67,8 @@ def _normal_place(rho, deviation, target):
 @triton.jit
 def _thresholds(
     Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, COUNTS, QUERIES, SIGMA, TAU, LENGTHS, stride_b, stride_h, budget, room,
-    sinks, recent, head, heads, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PLANES: tl.constexpr,
-    GROW: tl.constexpr, ASM: tl.constexpr,
+    sinks, recent, head, heads, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    PLANES: tl.constexpr, GROW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Quantise the G queries of a key-value head and set their thresholds.
 
@@ -115,7 +115,8 @@ def _thresholds(
     deviation = tl.sqrt(tl.maximum(spread, 1e-20)) * sigma  # in base-2 scores, like the thresholds
     off = log2(tl.maximum(found.to(tl.float32), 1e-3) / (PARTS * budget), ASM)
     size = (stop - start).to(tl.float32)
-    off = tl.where((found < 0) | (size <= budget), 0.0, tl.minimum(tl.maximum(off, -FARTHEST), FARTHEST))
+    off = tl.where(found < 0, 0.0, tl.minimum(tl.maximum(off, -FARTHEST), FARTHEST))
+    off = tl.where(size <= budget, 0.0, off)
     trim = tl.minimum(tl.maximum(trim - GAIN * off, -MOST), MOST)
     share = tl.minimum(budget / tl.maximum(size, 1.0), 1.0)
     rho = _normal_place(rho, tl.maximum(deviation, 1e-2) * LN2, (log2(share, ASM) + trim) * LN2)
@@ -131,7 +132,8 @@ def _thresholds(
 @triton.jit
 def prepare(
     Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, budget, sinks, recent,
-    NEW_K, NEW_V, K, V, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, a_b, a_h, b_b, b_h, k_b, k_h, k_n, v_b, v_h, v_n, room,
+    NEW_K, NEW_V, K, V, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, a_b, a_h, b_b, b_h, k_b, k_h, k_n,
+    v_b, v_h, v_n, room,
     heads, scale, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr,
     PLANES: tl.constexpr, GROW: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

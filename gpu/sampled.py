@@ -1,7 +1,7 @@
 """Sampled decode attention on the GPU: buffers of fixed size and the launches of one step.
 
-A step is four launches: prepare, scan, gather, merge; the new token is written by the first.  Nothing is read back by the host
-and nothing is allocated, so that a step can be captured in a CUDA graph and replayed while the cache grows.
+A step is four launches: prepare, scan, gather, merge; the new token is written by the first.  Nothing is read back by
+the host and nothing is allocated, so that a step can be captured in a CUDA graph and replayed while the cache grows.
 """
 
 from __future__ import annotations
@@ -159,10 +159,9 @@ class SampledCache:
             keys.cpu().numpy(), lift.cpu().numpy(), self.scale, self.draws.bytes_per_key, known, self.draws.widths
         )
         self.planes = found
-        to = dict(device=self._device)
-        self._query_map = torch.from_numpy(found.query_map).to(**to)
-        maps = (torch.from_numpy(part).to(**to) for part in (found.key_map, found.mean))
-        levels = (torch.from_numpy(part).to(**to) for part in (found.half, found.top))
+        self._query_map = torch.from_numpy(found.query_map).to(self._device)
+        maps = (torch.from_numpy(part).to(self._device) for part in (found.key_map, found.mean))
+        levels = (torch.from_numpy(part).to(self._device) for part in (found.half, found.top))
         self._maps = (*maps, centre.contiguous(), floor.contiguous(), *levels)
 
     def _allocate(self) -> None:
@@ -236,9 +235,10 @@ class SampledCache:
         new_k, new_v = (self.keys[:, :, 0], self.values[:, :, 0]) if k is None or v is None else (k, v)
         yield lambda: prepare.prepare[(heads, 1 + grow)](
             q, self._query_map, self.means, self.spreads, self.found, self.trim, self.rho, self.counts, self.queries,
-            self.sigma, self.tau, *q.stride()[:2], float(draws.budget), draws.sinks, draws.recent, new_k, new_v, self.keys, self.values, *self._maps,
-            self.codes, self.lengths, *new_k.stride()[:2], *new_v.stride()[:2], *self._strides(), self.room,
-            self.groups, self.scale, self.per, self.padded, self.width, shape.columns, shape.row, shape.count, grow,
+            self.sigma, self.tau, *q.stride()[:2], float(draws.budget), draws.sinks, draws.recent, new_k, new_v,
+            self.keys, self.values, *self._maps, self.codes, self.lengths, *new_k.stride()[:2], *new_v.stride()[:2],
+            *self._strides(), self.room, self.groups, self.scale, self.per, self.padded, self.width, shape.columns,
+            shape.row, shape.count, grow,
             asm, num_warps=max(tune.prepare_warps, shape.columns * self.width // 2048), **both,
         )  # fmt: skip
         yield lambda: scan.scan[(triton.cdiv(self.room, tune.scan_keys * tune.scan_tiles), heads)](

@@ -102,9 +102,11 @@ class CudaSession:
         lse = self._cache.lse.reshape(lead).clone()
         unknown = torch.full_like(lse, torch.nan)
         count = self._cache.counts[:, :1].repeat_interleave(queries.shape[1] // self._cache.groups).reshape(lead)
-        certificate = Certificate("none", *[unknown] * 4, confidence=0.0)  # type: ignore[arg-type]
-        counters = Counters(count, torch.full_like(count, self._n), count)  # type: ignore[arg-type]
-        return Result(output.reshape(q.shape), lse, torch.isneginf(lse), certificate, counters, self._n)  # type: ignore[arg-type]
+        found: Any = lse  # tensors where a CPU's result has arrays
+        empty: Any = torch.isneginf(lse)
+        bounds: Any = unknown, unknown, unknown, unknown
+        work: Any = count, torch.full_like(count, self._n), count
+        return Result(output.reshape(q.shape), found, empty, Certificate("none", *bounds), Counters(*work), self._n)
 
     def _made(self, queries: torch.Tensor) -> SampledCache:
         policy = self._policy

@@ -1,4 +1,7 @@
-"""Hypothesis profiles: ``ci`` unless HYPOTHESIS_PROFILE or ``--hypothesis-profile`` names another; kernels without a GPU."""
+"""Hypothesis profiles: ``ci`` unless HYPOTHESIS_PROFILE or ``--hypothesis-profile`` names another.
+
+Without a GPU, kernels are interpreted.
+"""
 
 from __future__ import annotations
 

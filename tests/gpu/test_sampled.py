@@ -80,8 +80,13 @@ def columns(cache):
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize(
     ("B", "g", "G", "d", "n", "row", "systematic"),
-    [(2, 1, 3, 64, 333, 24, True), (1, 2, 4, 128, 257, 32, False), (1, 1, 16, 64, 190, 64, True), (1, 1, 1, 256, 130, 128, True)],
-)  # fmt: skip
+    [
+        (2, 1, 3, 64, 333, 24, True),
+        (1, 2, 4, 128, 257, 32, False),
+        (1, 1, 16, 64, 190, 64, True),
+        (1, 1, 1, 256, 130, 128, True),
+    ],
+)
 def test_a_budget_beyond_all_keys_is_exact_attention(B, g, G, d, n, row, systematic, dtype):
     k, v, q = inputs(B, g, G, n, d, dtype)
     lengths = np.maximum(n - 37 * np.arange(B), 1)
@@ -104,7 +109,7 @@ def test_short_caches_are_attended_to_whole(n):
 
 @pytest.mark.parametrize("row", [24, 32])
 def test_codes_are_those_of_the_coder(row):
-    k, v, q = inputs(1, 2, 2, 256, 64)
+    k, v, _ = inputs(1, 2, 2, 256, 64)
     cache = SampledCache(k, v, 4, Draws(32.0, row), 0.125)
     fit, scale = cache.planes, 0.125
     centre, floor = (part.cpu().double() for part in cache._maps[2:4])
