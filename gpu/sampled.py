@@ -245,7 +245,7 @@ class SampledCache:
             self.queries, self.sigma, self.tau, self.codes.view(torch.int8), self.lengths, self.seeds, self.drawn,
             self.counts, self.found, self.room, self.cap, draws.sinks, draws.recent, self.crowd, shape.columns,
             shape.row, shape.count, shape.nibbles, self.padded, tune.scan_keys, tune.scan_tiles, tune.scan_stages,
-            draws.systematic, draws.redraw, grow, asm, num_warps=tune.scan_warps, **both,
+            draws.systematic, draws.redraw, grow, asm, num_warps=max(tune.scan_warps, scan_warps(shape.columns)), **both,
         )  # fmt: skip
         yield lambda: gather.gather[(self.splits, heads)](
             q, self.keys, self.values, self.drawn, self.counts, self.lengths, self.parts, self.sums, *q.stride()[:2],
@@ -263,6 +263,11 @@ class SampledCache:
     def retuned(self, **changes: Any) -> None:
         """Change the shapes of launches; for measurements."""
         self.tuning = replace(self.tuning, **changes)
+
+
+def scan_warps(columns: int) -> int:
+    """Warps that hold a tile of 128 keys of so many bytes in their registers."""
+    return max(1, columns // 32) if columns > 64 else 1
 
 
 def _splits(device: torch.device, heads: int, resident: int, listed: float) -> int:

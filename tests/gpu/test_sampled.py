@@ -274,7 +274,7 @@ def test_a_session_on_the_gpu_appends_attends_and_replays():
     assert session.n == 4003
     assert ((found.output[:, :, 0].double() - wanted).norm(dim=-1) < 0.1 * wanted.norm(dim=-1)).all()
     assert (found.lse[..., 0].double() - lse).abs().max() < 0.1
-    session.reserve(5000)
+    session._far.reserve(5000)
     cache = session._far._cache
     output = torch.empty_like(q)
     token = k[:, :, 0].contiguous(), v[:, :, 0].contiguous()
