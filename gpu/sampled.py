@@ -245,7 +245,8 @@ class SampledCache:
             self.queries, self.sigma, self.tau, self.codes.view(torch.int8), self.lengths, self.seeds, self.drawn,
             self.counts, self.found, self.room, self.cap, draws.sinks, draws.recent, self.crowd, shape.columns,
             shape.row, shape.count, shape.nibbles, self.padded, tune.scan_keys, tune.scan_tiles, tune.scan_stages,
-            draws.systematic, draws.redraw, grow, asm, num_warps=max(tune.scan_warps, scan_warps(shape.columns)), **both,
+            draws.systematic, draws.redraw, grow, asm,
+            num_warps=max(tune.scan_warps, scan_warps(shape.columns)), **both,
         )  # fmt: skip
         yield lambda: gather.gather[(self.splits, heads)](
             q, self.keys, self.values, self.drawn, self.counts, self.lengths, self.parts, self.sums, *q.stride()[:2],

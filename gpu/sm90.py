@@ -45,7 +45,7 @@ def cases() -> Iterator[Case]:
         for systematic in (True, False):
             shape = {"R": R, "ROW": ROW, "PLANES": P, "NIBBLES": nibbles, "GP": GP, "KEYS": 128, "TILES": 1}
             rest = {"STAGES": 3, "SYSTEMATIC": systematic, "REDRAW": True}
-            yield Case(scan.scan, shape | rest | common, scan_warps(R), "IMMA")
+            yield Case(scan.scan, shape | rest | common, scan_warps(R), "MMA")
     for D, R, P, G in ((64, 32, 4, 7), (128, 32, 2, 4), (128, 64, 4, 4), (256, 64, 2, 16)):
         shape = {"D": D, "R": R, "ROW": R, "PLANES": P}
         warps = max(4, R * D // 2048)

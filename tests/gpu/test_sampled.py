@@ -124,11 +124,13 @@ def test_codes_are_those_of_the_coder(row):
     assert (off > 0).double().mean() < (1e-3 if HERE == "cpu" else 2e-2)  # TF32 on the GPU: rounding at a step's edge
 
 
-@pytest.mark.parametrize("systematic", [True, False])
-def test_the_scan_draws_what_its_scores_say(systematic):
-    n, draws = 448, Draws(48.0, 32, seed=7, systematic=systematic)
-    k, v, q = inputs(1, 2, 3, n, 64, seed=1)
-    cache = SampledCache(k, v, 6, draws, 0.125)
+@pytest.mark.parametrize(
+    ("systematic", "d", "row"), [(True, 64, 32), (False, 64, 24), (True, 128, 64), (True, 256, 128)]
+)
+def test_the_scan_draws_what_its_scores_say(systematic, d, row):
+    n, draws = 448, Draws(48.0, row, seed=7, systematic=systematic)
+    k, v, q = inputs(1, 2, 3, n, d, seed=1)
+    cache = SampledCache(k, v, 6, draws, d**-0.5)
     attend(cache, q)
     start, stop = draws.sinks, (n - draws.recent) // 64 * 64
     sums = torch.einsum("gphr,gpnr->ghn", cache.queries.cpu().long(), columns(cache))
