@@ -13,6 +13,7 @@ from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
+from hsr.backend import choose
 from hsr.errors import ArgumentError
 
 
@@ -20,7 +21,7 @@ class DecodeSession:
     """Keys and values of one attention layer: `append` new tokens, `attend` with new queries.
 
     Args:
-        k: (g, n, d) or (B, g, n, d), n >= 1.
+        k: (g, n, d) or (B, g, n, d), n >= 1; on a GPU with the policy Sampled(budget=...), see `gpu.session`.
         v: (g, n, dv) or (B, g, n, dv).
         weight, policy, scale: as for `attention.decode`.
         method: index method, a name of the dispatch table or "auto".
@@ -42,6 +43,11 @@ class DecodeSession:
         queries: Any = None,
     ) -> None:
         self._plan = Plan(weight, policy, scale)
+        device = getattr(getattr(k, "device", None), "type", "cpu")
+        self._far: Any = None  # serves everything where keys and values lie on a GPU
+        if device != "cpu":
+            self._far = choose("session", "cuda", device=device, plan=self._plan)(k, v, self._plan)
+            return
         keys, values = fold("k", k), Values(fold("v", v))
         self._leading = tuple(k.shape[:-2])
         if tuple(v.shape[:-1]) != tuple(k.shape[:-1]) or values.dtype != str(k.dtype).removeprefix("torch."):
@@ -54,18 +60,18 @@ class DecodeSession:
 
     @property
     def index(self) -> HSRIndex:
-        """The index over the keys, batch folded into the heads."""
+        """The index over the keys, batch folded into the heads; on a GPU there is none."""
         return self._index
 
     @property
     def n(self) -> int:
         """Number of tokens ever added; a token's id is its position among them, whatever is evicted."""
-        return self._index.n
+        return self._index.n if self._far is None else self._far.n
 
     @property
     def alive(self) -> int:
         """Number of tokens that were not evicted."""
-        return self._index.alive
+        return self._index.alive if self._far is None else self._far.n
 
     def append(self, k: Any, v: Any) -> None:
         """Add tokens: k (g, t, d), v (g, t, dv), or with a leading B; if either is refused, neither is added.
@@ -73,6 +79,9 @@ class DecodeSession:
         Raises:
             ArgumentError: shapes or dtypes that do not match the cache, NaN or infinity.
         """
+        if self._far is not None:
+            self._far.append(k, v)
+            return
         keys, values = fold("k", k), self._values.checked(fold("v", v))
         if tuple(k.shape[:-2]) != self._leading or tuple(v.shape[:-1]) != tuple(k.shape[:-1]):
             raise ArgumentError(f"k and v must be {(*self._leading, 't')} wide; got {tuple(k.shape)}, {tuple(v.shape)}")
@@ -91,10 +100,12 @@ class DecodeSession:
         Raises:
             ArgumentError: not whole numbers, out of range, repeated, or evicted before.
         """
-        self._index.delete(ids)
+        (self._index.delete if self._far is None else self._far.evict)(ids)
 
     def attend(self, q: Any) -> Result:
         """Attention of q (h, m, d) or (B, h, m, d) over every token not evicted; see `attention.decode`."""
+        if self._far is not None:
+            return self._far.attend(q)
         folded = fold("q", q)
         if len(q.shape) != len(self._leading) + 2 or tuple(q.shape[:-3]) != self._leading[:-1]:
             raise ArgumentError(f"q must have the cache's batch {self._leading[:-1]}; got shape {tuple(q.shape)}")

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers will live here; there are no kernels yet."""
+"""Triton kernels of sampled decode and their launchers; `hsr.backend` leads here where arrays lie on a GPU."""

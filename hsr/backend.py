@@ -49,6 +49,7 @@ ROWS = (
     Row("build", "sketch", "hsr.sketch_numba", "cpu", "attention's d (16 to 256); int8 codes with a proven bound"),
     Row("attend", "numba", "attention.attend_numba", "cpu", "weighted values over reported keys"),
     Row("attend", "reference", "attention.reference", "cpu", "the definition, plain float64 numpy"),
+    Row("session", "cuda", "gpu.session", "cuda", "sampled decode in four launches", ("torch", "triton")),
 )
 
 

@@ -124,7 +124,9 @@ class Coder:
         return CodedQueries(tiles, sigma[:, :m], base[:, :m])
 
 
-def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None) -> Coder:
+def fit(
+    keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None, widths: tuple[int, ...] = WIDTHS
+) -> Coder:
     """The coder of a given size, chosen for the smallest squared error of a score.
 
     Args:
@@ -132,10 +134,11 @@ def fit(keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None)
         bytes_per_key: a positive multiple of 4.  Bits go to axes by variance, alike in all heads.
         queries: (g, m, d) like those to come, from which M is taken; few of them pull it little from the identity.
             None: all directions count alike.
+        widths: bits that a code may have; a kernel that knows only some of them says so here.
     """
     mean, key_map, query_map, variances = principal_axes(keys, queries)
     g, _, d = keys.shape
-    layout = best_layout(variances.sum(axis=0), bytes_per_key)
+    layout = best_layout(variances.sum(axis=0), bytes_per_key, widths)
     used = min(len(layout.bits), d)
     steps, error = np.zeros((g, len(layout.bits))), variances[:, used:].sum(axis=1)
     sample = _sample(keys)
@@ -164,21 +167,25 @@ def principal_axes(
     return mean, key_map, query_map, variances
 
 
-def best_layout(variances: np.ndarray, bytes_per_key: int) -> Layout:
-    """Variances (d,) of the axes, falling -> the layout of least expected squared error."""
-    return cheapest_layout(variances, bytes_per_key, DISTORTION, 1.0)
+def best_layout(variances: np.ndarray, bytes_per_key: int, widths: tuple[int, ...] = WIDTHS) -> Layout:
+    """Variances (d,) of the axes, falling -> the layout of these widths of least expected squared error."""
+    return cheapest_layout(variances, bytes_per_key, {width: DISTORTION[width] for width in widths}, 1.0)
 
 
 def cheapest_layout(weights: np.ndarray, bytes_per_key: int, costs: dict[int, float], dropped: float) -> Layout:
-    """The layout of least cost: the sum over axes of a weight (d,), falling, times the cost of its bits, or of none."""
+    """The layout of least cost: the sum over axes of a weight (d,), falling, times the cost of its bits, or of none.
+
+    Widths without a cost are not used.
+    """
     d, words = len(weights), bytes_per_key // BYTES
     first = np.indices((words + 1,) * 3).reshape(3, -1)
     first = first[:, first.sum(axis=0) <= words]
     counts = np.vstack([first, words - first.sum(axis=0)])  # (4, layouts)
+    counts = counts[:, (counts[~np.isin(WIDTHS, list(costs))] == 0).all(axis=0)]
     ends = np.cumsum(counts * (BYTES * 8 // np.array(WIDTHS))[:, None], axis=0)
     upto = np.concatenate([[0.0], np.cumsum(weights)])[np.minimum(ends, d)]  # (4, layouts)
     spans = np.diff(upto, axis=0, prepend=0.0)
-    loss = np.array([costs[width] for width in WIDTHS]) @ spans + dropped * (weights.sum() - upto[-1])
+    loss = np.array([costs.get(width, 0.0) for width in WIDTHS]) @ spans + dropped * (weights.sum() - upto[-1])
     eights, fours, twos, ones = (int(count) for count in counts[:, np.argmin(loss)])
     return Layout((eights, fours, twos, ones))
 

@@ -1,0 +1,110 @@
+"""A `hsr.coder.Coder` in the layout that the kernels read: rows of bytes, cut into planes.
+
+A key's code is one row of 16 to 128 bytes: first a column per pair of 4-bit axes, then a column per four 2-bit axes.
+The kernels see R columns, a power of two from 32 on; those beyond a row are empty.  *Plane* p holds, for every column,
+the bits from ``SHIFTS[p]`` on: two planes where all columns are nibbles, four otherwise.  A query has one int8 row per
+plane, zero where a column has no axis in it, so that the sum of the planes' integer products with the masked and
+shifted bytes is the sum over the axes.
+
+Keys are widened by the lift of `hsr.lifted`, which is one more coordinate, so maps have d + 1 rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsr.coder import Coder, fit
+from hsr.errors import ArgumentError
+
+SHIFTS = (0, 4, 2, 6)  # nibble columns use the first two
+ROWS = (16, 24, 32, 48, 64, 96, 128)  # bytes that a row of codes may have
+WIDTHS = (4, 2)  # bits of a code that the kernels know
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Maps of g heads, float32, columns in the kernels' order.
+
+    ``z[p] = q query_map[p, :d] + query_map[p, d]`` is a query in plane p, in units of one code step and base-2 scores;
+    ``floor((k - mean) key_map[p, :d] + (lift - mean_lift) key_map[p, d]) + half[p]``, clipped to 0 .. top[p], a key.
+    """
+
+    row: int  # bytes of a key's code
+    nibbles: int  # columns of 4-bit codes
+    query_map: np.ndarray  # (g, P, d + 1, R)
+    key_map: np.ndarray  # (g, P, d + 1, R)
+    mean: np.ndarray  # (g, d + 1); the last one in units of scaled scores' nats over the scale
+    half: np.ndarray  # (P, R): levels / 2, 0 without an axis
+    top: np.ndarray  # (P, R): levels - 1, 0 without an axis
+
+    @property
+    def count(self) -> int:
+        """P, the number of planes."""
+        return self.half.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """R, the columns of a plane."""
+        return self.half.shape[1]
+
+
+def fitted(
+    keys: np.ndarray,
+    lift: np.ndarray,
+    scale: float,
+    row: int,
+    queries: np.ndarray | None,
+    widths: tuple[int, ...] = WIDTHS,
+) -> Planes:
+    """Fit a coder to a sample and lay it out.
+
+    Args:
+        keys: (g, n, d) float32 or float64.
+        lift: (g, n), in nats, as for `hsr.lifted.Lifted`.
+        scale: of the scores.
+        row: bytes per key, one of ROWS.
+        queries: (g, m, d) like those to come, or None.
+        widths: bits that a code may have, some of WIDTHS.
+
+    Raises:
+        ArgumentError: a row that the kernels have no form for.
+    """
+    if not widths or not set(widths) <= set(WIDTHS):
+        raise ArgumentError(f"widths must be some of {WIDTHS} on cuda; got {widths}")
+    if row not in ROWS:
+        raise ArgumentError(f"bytes_per_key must be one of {', '.join(map(str, ROWS))} on cuda; got {row}")
+    lifted = np.concatenate([keys, lift[..., None] / scale], axis=2)
+    known = None if queries is None else np.concatenate([queries, np.ones((*queries.shape[:2], 1))], axis=2)
+    return planes_of(fit(lifted, row, known, widths), scale)
+
+
+def planes_of(coder: Coder, scale: float) -> Planes:
+    """The planes of a coder of 4-bit and 2-bit words, for keys whose last coordinate is the lift."""
+    _, fours, twos, _ = coder.layout.words
+    g, wide = coder.mean.shape
+    row, nibbles = 4 * (fours + twos), 4 * fours
+    count, columns = 4 if twos else 2, max(32, 1 << (row - 1).bit_length())
+    axis = np.full((count, columns), -1)  # (P, R): which axis lies there
+    axis[:2, :nibbles] = np.arange(2 * nibbles).reshape(2, nibbles)
+    if twos:
+        axis[:, nibbles:row] = 2 * nibbles + np.arange(4 * (row - nibbles)).reshape(4, -1)
+    axis[axis >= wide] = -1  # padding
+    real = axis >= 0
+    levels = np.where(np.arange(columns) < nibbles, 16, 4)[None] * real
+    steps = np.where(real, coder.steps[:, np.maximum(axis, 0)], 0.0)  # (g, P, R)
+    inverse = np.divide(1.0, steps, out=np.zeros_like(steps), where=steps > 0)
+    chosen = np.maximum(axis, 0).ravel()
+    query_map = coder.query_map[:, :, chosen].reshape(g, wide, count, columns).swapaxes(1, 2) * steps[:, :, None]
+    key_map = coder.key_map[:, :, chosen].reshape(g, wide, count, columns).swapaxes(1, 2) * inverse[:, :, None]
+    return Planes(
+        row,
+        nibbles,
+        np.ascontiguousarray(query_map * (scale / math.log(2)), np.float32),
+        np.ascontiguousarray(key_map, np.float32),
+        np.ascontiguousarray(coder.mean, np.float32),
+        (levels // 2).astype(np.float32),
+        np.maximum(levels - 1, 0).astype(np.float32),
+    )

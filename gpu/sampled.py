@@ -1,0 +1,301 @@
+"""Sampled decode attention on the GPU: buffers of fixed size and the launches of one step.
+
+A step is four launches: prepare, scan, gather, merge; the new token is written by the first.  Nothing is read back by
+the host and nothing is allocated, so that a step can be captured in a CUDA graph and replayed while the cache grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+
+from gpu import encode, gather, planes, prepare, scan
+from gpu.codes import INTERPRETED
+from gpu.codes import LINE as COUNTERS
+from hsr import checks
+from hsr.coded_scan import KEYS as BLOCK
+from hsr.coder import SAMPLE
+from hsr.errors import ArgumentError
+from hsr.lifted_numba import mixed
+
+WIDTHS = (64, 128, 256)  # head widths that the kernels have a form for
+DTYPES = (torch.float16, torch.bfloat16)
+GROUP = 16  # most query heads of a key-value head
+NEAR, TINY = 0.1, 1e-30  # as in `attention.values`: nearer values are sampled as if so far from the centre
+STARVED = 4  # a list of fewer than budget / STARVED keys is not trusted
+SHARE = 32  # keys of a full list that are worth a gathering program
+ROOMY = 4  # times the budget of all heads that a list can hold; from half of that on it counts as crowded
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Shapes of the launches; the defaults were measured on an H200."""
+
+    scan_keys: int = 128
+    scan_tiles: int = 1
+    scan_warps: int = 1
+    scan_stages: int = 3
+    prepare_warps: int = 4
+    gather_keys: int = 64
+    gather_warps: int = 4
+    gather_stages: int = 1
+    resident: int = 4  # gathering programs per multiprocessor
+    overlap: bool = True  # of a kernel's start with its predecessor's end
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a cache draws, and what it always keeps; as `attention.sampled.Sampled`.
+
+    Args:
+        budget: keys that a query head draws on average.
+        bytes_per_key: 16, 24, 32, 48, 64, 96 or 128.
+        sinks, recent: kept always; recent at least 64, because younger blocks have no codes yet.
+        seed, redraw, systematic: of the draw.
+        widths: bits that a code may have: (4, 2), or (4,), whose scan is faster and a little less sharp per byte.
+    """
+
+    budget: float
+    bytes_per_key: int = 32
+    sinks: int = 4
+    recent: int = 64
+    seed: int = 0
+    redraw: bool = True
+    systematic: bool = True
+    widths: tuple[int, ...] = planes.WIDTHS
+
+
+class SampledCache:
+    """Keys and values of one layer with their codes, and the buffers of a decode step.
+
+    Args:
+        k, v: (B, g, n, d) float16 or bfloat16, d 64, 128 or 256, copied.
+        heads: h, query heads, a multiple of g, at most 16 times it.
+        draws: what to draw.
+        scale: of the scores.
+        room: tokens that the cache can hold; None is n and a quarter more.
+        lengths: (B,) tokens of each sequence, at most n; None means n for all.
+        queries: (B, h, m, d) like those to come, which the codes are then made for; None where none are known.
+        coded: planes fitted before, for B * g heads; None fits them here.
+        tuning: shapes of the launches.
+
+    Raises:
+        ArgumentError: shapes, dtypes or settings that the kernels have no form for.
+    """
+
+    def __init__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        draws: Draws,
+        scale: float,
+        *,
+        room: int | None = None,
+        lengths: Any = None,
+        queries: torch.Tensor | None = None,
+        coded: planes.Planes | None = None,
+        tuning: Tuning = Tuning(),
+    ) -> None:
+        _check(k, v, heads, draws)
+        B, g, n, d = k.shape
+        self.draws, self.scale, self.tuning = draws, scale, tuning
+        self.batch, self.groups, self.width, self.per = B, g, d, heads // g
+        self.padded = 8 if self.per <= 8 else 16
+        self.room = -(-checks.whole("room", n + n // 4 if room is None else room, n) // BLOCK) * BLOCK
+        self._device, self._dtype = k.device, k.dtype
+        self.cache = torch.zeros(B, g, self.room, 2, d, dtype=k.dtype, device=k.device)  # a token's key, then its value
+        self.keys, self.values = self.cache[..., 0, :], self.cache[..., 1, :]
+        self.keys[:, :, :n], self.values[:, :, :n] = k, v
+        sizes = checks.lengths("lengths", lengths, (B,), n, least=1)
+        self.lengths = torch.from_numpy(np.repeat(sizes, g)).to(k.device, torch.int32)
+        self._fit(sizes, queries, coded)
+        self._allocate()
+        blocks = n // BLOCK
+        if blocks:
+            encode.encode[(blocks, B * g)](
+                self.keys, self.values, *self._maps, self.codes, *self._strides(), self.room, g, scale, d,
+                self.planes.columns, self.planes.row, self.planes.count, num_warps=4,
+            )  # fmt: skip
+        self._measure(blocks * BLOCK)
+
+    def _measure(self, coded: int) -> None:
+        """Means and variances of the codes in every column, and where thresholds are searched from."""
+        heads, shape = self.batch * self.groups, self.planes
+        rows = torch.arange(min(coded, SAMPLE), device=self._device) * coded // max(min(coded, SAMPLE), 1)
+        codes = self.codes[:, rows].int()
+        shifts = torch.tensor(planes.SHIFTS[: shape.count], device=self._device)
+        top = torch.from_numpy(shape.top[:, : shape.row]).to(self._device).int()
+        parts = ((codes[:, None] >> shifts[:, None, None]) & top[:, None]).float()  # (heads, P, rows, row)
+        self.means, self.spreads = torch.zeros(
+            2, heads, shape.count, shape.columns, dtype=torch.float32, device=self._device
+        )
+        if coded:
+            self.means[..., : shape.row] = parts.mean(2)
+            self.spreads[..., : shape.row] = parts.var(2, correction=0)
+        self.rho = torch.full((heads, self.padded), 3.0, device=self._device)
+        self.trim = torch.zeros(heads, self.padded, device=self._device)
+
+    def _fit(self, sizes: np.ndarray, queries: torch.Tensor | None, coded: planes.Planes | None) -> None:
+        """Centre, floor and maps from evenly spaced tokens of each sequence."""
+        B, g, d = self.batch, self.groups, self.width
+        many = min(SAMPLE, int(sizes.max()))
+        at = torch.from_numpy(np.arange(many) * sizes[:, None] // many).to(self._device)
+        index = at[:, None, :, None].expand(B, g, many, d)
+        keys, values = (part.gather(2, index).float().reshape(B * g, many, d) for part in (self.keys, self.values))
+        centre = values.mean(1)
+        distance = (values - centre[:, None]).norm(dim=2)
+        floor = NEAR * distance.square().mean(1).sqrt() + TINY
+        lift = torch.maximum(distance, floor[:, None]).log()
+        known = None
+        if queries is not None:
+            known = queries.float().reshape(B * g, -1, d).cpu().numpy()
+        found = coded or planes.fitted(
+            keys.cpu().numpy(), lift.cpu().numpy(), self.scale, self.draws.bytes_per_key, known, self.draws.widths
+        )
+        self.planes = found
+        self._query_map = torch.from_numpy(found.query_map).to(self._device)
+        maps = (torch.from_numpy(part).to(self._device) for part in (found.key_map, found.mean))
+        levels = (torch.from_numpy(part).to(self._device) for part in (found.half, found.top))
+        self._maps = (*maps, centre.contiguous(), floor.contiguous(), *levels)
+
+    def _allocate(self) -> None:
+        heads, per, d, row = self.batch * self.groups, self.per, self.width, self.planes.row
+        budget = self.draws.budget
+        self.cap = max(256, -(-int(ROOMY * budget * per) // 64) * 64)
+        self.floor, self.crowd = int(budget) // STARVED, self.cap // 2
+        self.splits = _splits(self._device, heads, self.tuning.resident, per * budget)
+
+        def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self._device)
+
+        self.codes = new(heads, self.room, row, dtype=torch.uint8)
+        self.queries = new(heads, self.planes.count, self.padded, self.planes.columns, dtype=torch.int8)
+        self.sigma, self.tau = new(2, heads, self.padded, dtype=torch.float32)
+        self.drawn, self.counts = new(heads, self.cap, dtype=torch.int64), new(heads, int(COUNTERS.value))
+        self.status = new(heads, 4)  # crowded, overflown, starved, refused: see `gpu.gather`
+        self.found = new(heads, int(COUNTERS.value)) - 1
+        self.parts = new(heads, self.splits, per, d, dtype=torch.float32)
+        self.sums = new(heads, self.splits, per, dtype=torch.float32)
+        self.lse = new(self.batch, self.groups * per, dtype=torch.float32)
+        self.seeds = torch.from_numpy(_seeds(self.draws.seed, heads)).to(self._device)
+
+    def reserve(self, room: int) -> None:
+        """Make room for so many tokens in all; graphs that were captured before still use the old memory."""
+        if room <= self.room:
+            return
+        room = -(-room // BLOCK) * BLOCK
+        cache = self.cache.new_zeros(*self.cache.shape[:2], room, *self.cache.shape[3:])
+        codes = self.codes.new_zeros(self.codes.shape[0], room, self.codes.shape[2])
+        cache[:, :, : self.room], codes[:, : self.room] = self.cache, self.codes
+        self.cache, self.codes, self.room = cache, codes, room
+        self.keys, self.values = cache[..., 0, :], cache[..., 1, :]
+
+    def _strides(self) -> tuple[int, ...]:
+        return (*self.keys.stride()[:3], *self.values.stride()[:3])
+
+    @property
+    def _overlap(self) -> dict[str, bool]:
+        return {"PDL": self.tuning.overlap and not INTERPRETED}
+
+    @property
+    def _launch(self) -> dict[str, bool]:
+        return {} if INTERPRETED else {"launch_pdl": self.tuning.overlap}
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """One token: k, v (B, g, d), rows contiguous.  Nothing is checked; a full cache counts it in ``status``."""
+        encode.append[(self.batch * self.groups,)](
+            k, v, self.keys, self.values, *self._maps, self.codes, self.lengths, self.status, *k.stride()[:2],
+            *v.stride()[:2], *self._strides(), self.room, self.groups, self.scale, self.width, self.planes.columns,
+            self.planes.row, self.planes.count, **self._overlap, **self._launch, num_warps=4,
+        )  # fmt: skip
+
+    def attend(self, q: torch.Tensor, output: torch.Tensor) -> None:
+        """q (B, h, d), rows contiguous -> output (B, h, d) of q's dtype, and ``lse`` (B, h).  Nothing is checked."""
+        for launch in self.launches(q, output):
+            launch()
+
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor) -> None:
+        """`append` of k, v (B, g, d) and `attend` in one: the token is written while thresholds are found."""
+        for launch in self.launches(q, output, k, v):
+            launch()
+
+    def launches(
+        self, q: torch.Tensor, output: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None
+    ) -> Iterator[Callable[[], object]]:
+        """The four launches of a step, in order: prepare, scan, gather, merge."""
+        heads, shape, tune, draws = self.batch * self.groups, self.planes, self.tuning, self.draws
+        both = self._overlap | self._launch
+        asm, grow = not INTERPRETED, int(k is not None)
+        new_k, new_v = (self.keys[:, :, 0], self.values[:, :, 0]) if k is None or v is None else (k, v)
+        yield lambda: prepare.prepare[(heads, 1 + grow)](
+            q, self._query_map, self.means, self.spreads, self.found, self.trim, self.rho, self.counts, self.queries,
+            self.sigma, self.tau, *q.stride()[:2], float(draws.budget), draws.sinks, draws.recent, new_k, new_v,
+            self.keys, self.values, *self._maps, self.codes, self.lengths, *new_k.stride()[:2], *new_v.stride()[:2],
+            *self._strides(), self.room, self.groups, self.scale, self.per, self.padded, self.width, shape.columns,
+            shape.row, shape.count, grow,
+            asm, num_warps=max(tune.prepare_warps, shape.columns * self.width // 2048), **both,
+        )  # fmt: skip
+        yield lambda: scan.scan[(triton.cdiv(self.room, tune.scan_keys * tune.scan_tiles), heads)](
+            self.queries, self.sigma, self.tau, self.codes.view(torch.int8), self.lengths, self.seeds, self.drawn,
+            self.counts, self.found, self.room, self.cap, draws.sinks, draws.recent, self.crowd, shape.columns,
+            shape.row, shape.count, shape.nibbles, self.padded, tune.scan_keys, tune.scan_tiles, tune.scan_stages,
+            draws.systematic, draws.redraw, grow, asm,
+            num_warps=max(tune.scan_warps, scan_warps(shape.columns)), **both,
+        )  # fmt: skip
+        yield lambda: gather.gather[(self.splits, heads)](
+            q, self.keys, self.values, self.drawn, self.counts, self.lengths, self.parts, self.sums, *q.stride()[:2],
+            *self._strides(), self.room, self.cap, draws.sinks, draws.recent, self.floor, self.scale, self.groups,
+            self.per, max(4, triton.next_power_of_2(self.per)), self.width,
+            min(tune.gather_keys, 64 * 128 // self.width), tune.gather_stages, grow, asm, num_warps=tune.gather_warps,
+            **both,
+        )  # fmt: skip
+        yield lambda: gather.merge[(heads, self.per)](
+            self.parts, self.sums, self.counts, self.lengths, self.status, output, self.lse, *output.stride()[:2],
+            self.room, self.cap, draws.sinks, draws.recent, self.floor, self.crowd, self.groups, self.splits, self.per,
+            self.width, triton.next_power_of_2(self.splits), grow, num_warps=4, **both,
+        )  # fmt: skip
+
+    def retuned(self, **changes: Any) -> None:
+        """Change the shapes of launches; for measurements."""
+        self.tuning = replace(self.tuning, **changes)
+
+
+def scan_warps(columns: int) -> int:
+    """Warps that hold a tile of 128 keys of so many bytes in their registers."""
+    return max(1, columns // 32) if columns > 64 else 1
+
+
+def _splits(device: torch.device, heads: int, resident: int, listed: float) -> int:
+    """Parts of a list, a power of two: what fills the multiprocessors ``resident`` times, but some keys for each."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    most = max(min(processors * resident // heads, int(listed) // SHARE), 1)
+    return min(1 << (most.bit_length() - 1), 64)
+
+
+def _seeds(seed: int, heads: int) -> np.ndarray:
+    """(heads,) int32: what `hsr.lifted_numba.generators` mixes the step into."""
+    first = mixed(np.uint32(seed & 0xFFFFFFFF) ^ mixed(np.uint32(seed >> 32) + np.uint32(1)))
+    seeds = [mixed(first ^ mixed(np.uint32(head) + np.uint32(0x9E3779B9))) for head in range(heads)]
+    return np.array(seeds, np.uint32).view(np.int32)
+
+
+def _check(k: torch.Tensor, v: torch.Tensor, heads: int, draws: Draws) -> None:
+    if k.ndim != 4 or k.shape != v.shape:
+        raise ArgumentError(f"k and v must be (B, g, n, d), alike on cuda; got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.dtype not in DTYPES or v.dtype != k.dtype:
+        raise ArgumentError(f"k and v must be float16 or bfloat16 on cuda; got {k.dtype} and {v.dtype}")
+    if k.shape[3] not in WIDTHS:
+        raise ArgumentError(f"k must have width {', '.join(map(str, WIDTHS))} on cuda; got {k.shape[3]}")
+    if 0 in k.shape:
+        raise ArgumentError(f"k must hold at least one key and head; got shape {tuple(k.shape)}")
+    per = checks.grouped("q", heads, k.shape[1])
+    if per > GROUP:
+        raise ArgumentError(f"q must have at most {GROUP} heads per key-value head on cuda; got {per}")
+    if draws.recent < BLOCK:
+        raise ArgumentError(f"recent must be at least {BLOCK} on cuda; got {draws.recent}")

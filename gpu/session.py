@@ -1,0 +1,132 @@
+"""A decode session whose keys and values live on the GPU: what `attention.DecodeSession` hands CUDA tensors to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from attention.engine import Plan
+from attention.result import Certificate, Counters, Result
+from attention.sampled import Sampled
+from gpu.sampled import Draws, SampledCache
+from hsr.errors import ArgumentError
+
+
+def refuses(plan: Plan) -> str | None:
+    """Why the kernels cannot serve the plan; None if they can."""
+    policy = plan.policy
+    if not isinstance(policy, Sampled):
+        return "serves the policy Sampled(budget=...) alone"
+    if policy.budget is None:
+        return "sets thresholds by a budget; Sampled(eps=...) has no kernel yet"
+    return None
+
+
+class CudaSession:
+    """See `attention.DecodeSession`; k and v (g, n, d) or (B, g, n, d), float16 or bfloat16, on one GPU.
+
+    Codes are made at the first `attend`, from whose queries they take their metric.  `attend` and `append` of one token
+    may be captured in a CUDA graph once they have run eagerly; room for the tokens that replays append must then have
+    been made with `reserve`.  Results stay on the GPU, and their certificate bounds nothing.
+    """
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> None:
+        assert isinstance(plan.policy, Sampled)
+        self._plan, self._policy = plan, plan.policy
+        self._batched = k.ndim == 4
+        if k.ndim not in (3, 4) or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
+            raise ArgumentError(
+                f"v must be like k on cuda, (g, n, d) or (B, g, n, d); got {tuple(v.shape)} of {v.dtype} on {v.device} "
+                f"and {tuple(k.shape)} of {k.dtype} on {k.device}"
+            )
+        self._waiting = [self._full(k), self._full(v)]
+        for name, part in (("k", k), ("v", v)):
+            _finite(name, part)
+        self._cache: SampledCache | None = None
+        self._n = self._waiting[0].shape[2]
+
+    @property
+    def n(self) -> int:
+        """Tokens that were added; replays of a graph add theirs on the GPU alone, see `SampledCache.lengths`."""
+        return self._n
+
+    def _full(self, array: torch.Tensor) -> torch.Tensor:
+        return array if self._batched else array[None]
+
+    def reserve(self, room: int) -> None:
+        """Make room for so many tokens in all."""
+        if self._cache is None:
+            raise ArgumentError("reserve must follow the first attend, which makes the codes; got an unused session")
+        self._cache.reserve(room)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Add tokens: k, v (g, t, d), or with a leading B."""
+        if k.shape != v.shape or k.ndim != 3 + self._batched or k.dtype != self._waiting[0].dtype:
+            raise ArgumentError(
+                f"k and v must be {'(B, g, t, d)' if self._batched else '(g, t, d)'} of {self._waiting[0].dtype} to "
+                f"match the cache; got {tuple(k.shape)} and {tuple(v.shape)} of {k.dtype}"
+            )
+        keys, values = self._full(k), self._full(v)
+        B, g, _, d = self._waiting[0].shape
+        if (keys.shape[0], keys.shape[1], keys.shape[3]) != (B, g, d):
+            raise ArgumentError(f"k must have shape ({B}, {g}, t, {d}) to match the cache; got {tuple(keys.shape)}")
+        if self._cache is None:
+            self._waiting = [torch.cat(pair, 2) for pair in zip(self._waiting, (keys, values), strict=True)]
+        else:
+            if self._n + keys.shape[2] > self._cache.room:
+                self._cache.reserve(2 * (self._n + keys.shape[2]))
+            for t in range(keys.shape[2]):
+                self._cache.append(keys[:, :, t], values[:, :, t])
+        self._n += keys.shape[2]
+
+    def evict(self, ids: Any) -> None:
+        """Refused: the codes of the GPU cannot forget."""
+        raise ArgumentError(f"evict is not served on cuda; got {len(ids)} ids")
+
+    def attend(self, q: torch.Tensor) -> Result:
+        """Attention of q (h, 1, d) or (B, h, 1, d) over every token."""
+        queries = self._full(q)
+        B, _, _, d = self._waiting[0].shape
+        if queries.ndim != 4 or queries.shape[2] != 1 or (queries.shape[0], queries.shape[3]) != (B, d):
+            raise ArgumentError(f"q must be one row a head on cuda, ({B}, h, 1, {d}); got {tuple(q.shape)}")
+        if q.dtype != self._waiting[0].dtype:
+            raise ArgumentError(f"q must have the keys' dtype {self._waiting[0].dtype}; got {q.dtype}")
+        rows = queries[:, :, 0]
+        if self._cache is None:
+            self._cache = self._made(queries)
+        output = torch.empty_like(queries)
+        self._cache.attend(rows, output[:, :, 0])
+        lead = q.shape[:-1]
+        lse = self._cache.lse.reshape(lead).clone()
+        unknown = torch.full_like(lse, torch.nan)
+        count = self._cache.counts[:, :1].repeat_interleave(queries.shape[1] // self._cache.groups).reshape(lead)
+        found: Any = lse  # tensors where a CPU's result has arrays
+        empty: Any = torch.isneginf(lse)
+        bounds: Any = unknown, unknown, unknown, unknown
+        work: Any = count, torch.full_like(count, self._n), count
+        return Result(output.reshape(q.shape), found, empty, Certificate("none", *bounds), Counters(*work), self._n)
+
+    def _made(self, queries: torch.Tensor) -> SampledCache:
+        policy = self._policy
+        k, v = self._waiting
+        assert policy.budget is not None
+        scale = self._plan.scale or 1 / float(np.sqrt(k.shape[3]))
+        draws = Draws(
+            policy.budget, policy.bytes_per_key, policy.sinks, policy.recent, policy.seed, policy.redraw,
+            policy.draw == "systematic",
+        )  # fmt: skip
+        cache = SampledCache(k, v, queries.shape[1], draws, scale, queries=queries)
+        self._waiting = [cache.keys[:, :, :0], cache.values[:, :, :0]]  # shapes and dtype, without the memory
+        return cache
+
+
+def session(k: torch.Tensor, v: torch.Tensor, plan: Plan) -> CudaSession:
+    """The table's entry."""
+    return CudaSession(k, v, plan)
+
+
+def _finite(name: str, array: torch.Tensor) -> None:
+    if not bool(torch.isfinite(array).all()):
+        raise ArgumentError(f"{name} must be finite; got NaN or infinity")

@@ -1,0 +1,115 @@
+"""Compile the kernels for sm_90 on a machine without a GPU, and refuse spills and missing tensor-core instructions.
+
+python -m gpu.sm90
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gpu import encode, gather, prepare, scan
+from gpu.sampled import scan_warps
+
+FLOATS = set("MAP MEANS SPREADS TRIM RHO SIGMA TAU KEY_MAP MEAN CENTRE FLOOR HALF TOP PARTS SUMS LSE".split())
+HALVES = set("Q K V NEW_K NEW_V OUTPUT".split())
+WHOLE = set("LENGTHS SEEDS COUNTS FOUND STATUS".split())
+EIGHT = {"QUERIES": "*i8", "CODES": "*i8", "DRAWN": "*i64"}
+REAL = {"budget", "scale"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with its compile-time settings, and the instruction that it must have."""
+
+    kernel: Any
+    settings: dict[str, Any]
+    warps: int
+    must: str
+
+
+def cases() -> Iterator[Case]:
+    """The shapes that `gpu.sampled` launches by default."""
+    common = {"GROW": 1, "ASM": True, "PDL": True}
+    for R, ROW, P, nibbles, GP in ((32, 32, 2, 32, 8), (32, 24, 4, 16, 8), (64, 64, 2, 64, 8), (128, 128, 4, 64, 16)):
+        for systematic in (True, False):
+            shape = {"R": R, "ROW": ROW, "PLANES": P, "NIBBLES": nibbles, "GP": GP, "KEYS": 128, "TILES": 1}
+            rest = {"STAGES": 3, "SYSTEMATIC": systematic, "REDRAW": True}
+            yield Case(scan.scan, shape | rest | common, scan_warps(R), "MMA")
+    for D, R, P, G in ((64, 32, 4, 7), (128, 32, 2, 4), (128, 64, 4, 4), (256, 64, 2, 16)):
+        shape = {"D": D, "R": R, "ROW": R, "PLANES": P}
+        warps = max(4, R * D // 2048)
+        yield Case(prepare.prepare, shape | {"G": G, "GP": 8 if G <= 8 else 16} | common, warps, "MMA")
+        yield Case(encode.encode, shape, 4, "MMA")
+        yield Case(encode.append, shape | {"PDL": True}, 4, "MMA")
+    for D, G in ((64, 7), (128, 4), (128, 1), (256, 16)):
+        group = max(4, triton.next_power_of_2(G))
+        shape = {"G": G, "GP": group, "D": D, "KEYS": min(64, 64 * 128 // D), "STAGES": 1}
+        yield Case(gather.gather, shape | common, 4, "HMMA")
+        yield Case(gather.merge, {"G": G, "D": D, "SPLITS": 64, "GROW": 1, "PDL": True}, 4, "")
+
+
+def compiled(case: Case) -> tuple[int, int, str]:
+    """Registers, spilled bytes and instructions, and the machine code."""
+    names = case.kernel.arg_names
+    kinds = {name: _kind(name) for name in names if name not in case.settings}
+    if case.kernel in (encode.encode, encode.append, prepare.prepare):
+        kinds["CODES"] = "*u8"
+    signature = {name: kinds.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in case.settings.items()}
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(i,): aligned for i, name in enumerate(names) if kinds.get(name, "").startswith("*") or _even(name)}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case.warps})
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(built.asm["cubin"])
+        usage, code = (
+            subprocess.run(
+                [str(tools / "cuobjdump"), option, str(cubin)],
+                capture_output=True, text=True, check=True, env={"PATH": f"{tools}:/usr/bin:/bin"},
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )  # fmt: skip
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None
+    return int(found[1]), int(found[2]) + len(re.findall(r"\b(?:STL|LDL)\b", code)), code
+
+
+def _kind(name: str) -> str:
+    """Triton's type of an argument, which the kernels' names give away."""
+    groups = ((FLOATS, "*fp32"), (HALVES, "*bf16"), (WHOLE, "*i32"), (REAL, "fp32"))
+    return EIGHT.get(name) or next((kind for names, kind in groups if name in names), "i32")
+
+
+def _even(name: str) -> bool:
+    """Strides and capacities, which are multiples of 16 here."""
+    return bool(re.fullmatch(r"\w_[bhn]|stride_\w|room|cap", name))
+
+
+def main() -> int:
+    """Print a line per case; 1 if one spills or lacks its instruction."""
+    failed = 0
+    for case in cases():
+        registers, spilled, code = compiled(case)
+        bad = spilled > 0 or case.must not in code
+        failed += bad
+        settings = " ".join(f"{name} {value}" for name, value in case.settings.items())
+        line = f"{case.kernel.__name__} registers {registers} spilled {spilled} {settings}"
+        sys.stdout.write(f"{'FAIL' if bad else 'ok  '} {line}\n")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
