@@ -32,8 +32,8 @@ def decode(
         values: (g, n, dv) or (B, g, n, dv), one per id of the index, deleted or not; or `Values` made of (B g, n, dv),
             which saves a pass over them.
         weight: Softmax() or ReLUPower(alpha, b).
-        policy: for Softmax, which keys to keep: Dense(), TopR(r) or Certified(eps); None means Certified(0.01).
-            ReLUPower takes none: its half-space is exact (Theorem 4.1).
+        policy: for Softmax, which keys to keep: Dense(), TopR(r), Certified(eps) or Sampled(eps).
+            None means Certified(0.01). ReLUPower takes none: its half-space is exact (Theorem 4.1).
         scale: of the scores, positive; None means 1 / sqrt(d).
 
     Returns:

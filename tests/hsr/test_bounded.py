@@ -115,12 +115,12 @@ def test_growing_codes_bound_what_is_appended_and_grids_are_laid_anew() -> None:
     for n in (300, 400, 768):
         codes.follow(keys[:, :n])
         spans, known = np.array([[[0, codes.n]]]), np.full((1, 1, 2), -np.inf)
-        listing = codes.select(queries, spans, known, 2.0, 0.01)
+        listing = codes.select(queries, spans, known, 0.3, 0.01)
         listed = np.concatenate([listing.ids[0, 0, c * 2048 :][:count] for c, count in enumerate(listing.counts[0, 0])])
         left = np.setdiff1d(np.arange(codes.n), listed)
-        weights = np.exp(2.0 * (exact[: codes.n] - exact[: codes.n].max()))
+        weights = np.exp(0.3 * (exact[: codes.n] - exact[: codes.n].max()))
         assert weights[left].sum() <= 0.01 * weights.sum()
-        assert len(listed) < codes.n or n == 400  # keys far beyond the grids are bounded poorly until new ones
+        assert len(listed) < codes.n or n < 768  # diffuse at first, then far beyond the grids until there are new ones
 
 
 def test_a_key_too_far_out_to_bound_is_always_listed() -> None:
