@@ -104,22 +104,21 @@ class Bounded:
         scores = np.empty((g, rows, heads, self.n), np.float32)
         words, threads = np.array(self._cover.layout.words), get_num_threads()
         bounded_numba.score(self._codes, words, coded.tiles, slope, spans, threads, scores)
-        tops, floors = np.empty((2, g, rows, heads))
-        bins = np.empty((g, rows, heads, BINS), np.int64)
-        bounded_numba.survey(scores, length, fixed, self._lengths, spans, tops, bins, floors)
-        budget = np.log(eps) + np.logaddexp(floors + base, known) - base if eps else np.full(tops.shape, -np.inf)
-        cuts, log_dropped = _tails(bins, tops, budget)
-        bounded_numba.choose(scores, length, fixed, self._lengths, spans, tops, cuts, threads, ids, counts)
+        totals, bins = known - base, np.empty((g, rows, heads, BINS), np.int64)
+        bounded_numba.survey(scores, length, fixed, self._lengths, spans, totals, bins)
+        cuts, log_dropped = _tails(bins, totals, eps)
+        bounded_numba.choose(scores, length, fixed, self._lengths, spans, totals, cuts, threads, ids, counts)
         return Listing(ids, pis, counts, log_dropped + base)
 
 
-def _tails(bins: np.ndarray, tops: np.ndarray, budget: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first bin (g, rows, G) of the longest tail within the budget (a logarithm), and ln of the tail's bound."""
-    weights = bins * np.exp(-np.arange(BINS) / STEPS)  # relative to the top
+def _tails(bins: np.ndarray, totals: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """The first bin (g, rows, G) of the longest tail that holds at most eps of the total, and ln of the tail's bound.
+
+    Bin 0 holds whatever could be as much as the total alone; unless it is empty, no tail reaches it.
+    """
+    weights = bins * np.exp(-np.arange(BINS) / STEPS)  # relative to the total
     tails = np.cumsum(weights[..., ::-1], axis=-1)[..., ::-1] * (1 + 1e-12)
     tails = np.concatenate([tails, np.zeros((*tails.shape[:-1], 1))], axis=-1)
-    with np.errstate(invalid="ignore"):  # no keys to choose from: the top is -inf
-        allowed = tails <= np.exp(np.minimum(budget - tops, 700.0))[..., None]
-    cuts = np.where(allowed.any(axis=-1), np.argmax(allowed, axis=-1), BINS)
+    cuts = np.argmax(tails <= eps, axis=-1)
     with np.errstate(divide="ignore"):
-        return cuts, np.log(np.take_along_axis(tails, cuts[..., None], axis=-1)[..., 0]) + tops
+        return cuts, np.log(np.take_along_axis(tails, cuts[..., None], axis=-1)[..., 0]) + totals

@@ -42,18 +42,19 @@ def score(codes, words, tiles, slope, spans, threads, scores):
 
 
 @njit(cache=True)
-def _place(top, score, reach):
-    """The bin of a key that scores at most ``score + reach``: bin b holds upper bounds down to top - (b + 1) / 16."""
-    return min(np.int64(np.floor((top - (np.float64(score) + reach)) * STEPS)), BINS - 1)
+def _place(total, score, reach):
+    """The bin of a key that scores at most ``score + reach``: bin b > 0 holds bounds down to total - (b + 1) / 16."""
+    below = (total - (np.float64(score) + reach)) * STEPS
+    return np.int64(min(max(np.floor(below), 0.0), BINS - 1.0))
 
 
 @njit(parallel=True, cache=True)
-def survey(scores, length, fixed, lengths, spans, tops, bins, floors):
-    """Per query: the largest upper bound (tops), how many keys have theirs in each bin, the sum of lower bounds.
+def survey(scores, length, fixed, lengths, spans, totals, bins):
+    """Per query: a lower bound on all weight, and how many keys have their upper bound in each bin below it.
 
-    A score is within ``fixed + length * lengths[key]``: length, fixed (g, rows, G), lengths (g, n).  Fills tops,
-    floors (g, rows, G) float64, the latter a logarithm, and bins (g, rows, G, BINS) int64.  Keys of infinite length are
-    left to `choose`, which lists them.
+    A score is within ``fixed + length * lengths[key]``: length, fixed (g, rows, G), lengths (g, n).  totals, float64
+    (g, rows, G), comes with the log-sum-exp of other keys and leaves with that of all; fills bins (g, rows, G, BINS)
+    int64.  Keys of infinite length are left to `choose`, which lists them.
     """
     g, rows, heads, _ = scores.shape
     for task in prange(g * rows * heads):
@@ -63,24 +64,22 @@ def survey(scores, length, fixed, lengths, spans, tops, bins, floors):
         x, bits = np.empty(KEYS, np.float32), np.empty(KEYS, np.int32)
         powers = bits.view(np.float32)
         top = -np.inf
-        for block in range(start // KEYS, (stop + KEYS - 1) // KEYS):
-            for j in range(max(start, block * KEYS), min(stop, (block + 1) * KEYS)):
-                if np.isfinite(lengths[head, j]):
-                    top = max(top, np.float64(values[j]) + (reach * lengths[head, j] + slack))
-        tops[head, row, h], total = top, 0.0
-        bins[head, row, h] = 0
-        for block in range(start // KEYS, (stop + KEYS - 1) // KEYS):
+        for j in range(start, stop):
+            top = max(top, np.float64(values[j]) - (reach * lengths[head, j] + slack))
+        total = 0.0
+        for first in range(start, stop if np.isfinite(top) else start, KEYS):
             x[:] = np.float32(-np.inf)
-            for j in range(max(start, block * KEYS), min(stop, (block + 1) * KEYS)):
-                if not np.isfinite(lengths[head, j]):
-                    continue
-                radius = reach * lengths[head, j] + slack
-                bins[head, row, h, _place(top, values[j], radius)] += 1
-                x[j - block * KEYS] = np.float32(np.float64(values[j]) - radius - top)
+            for j in range(first, min(stop, first + KEYS)):
+                x[j - first] = np.float32(np.float64(values[j]) - (reach * lengths[head, j] + slack) - top)
             exp_block(x, bits, powers)
             for j in range(KEYS):
                 total += np.float64(powers[j]) - TINY
-        floors[head, row, h] = top + np.log(max(total, TINY) * (1.0 - ROUNDING))
+        if total > TINY:
+            totals[head, row, h] = np.logaddexp(totals[head, row, h], top + np.log(total * (1.0 - ROUNDING)))
+        bins[head, row, h] = 0
+        for j in range(start, stop):
+            if np.isfinite(lengths[head, j]):
+                bins[head, row, h, _place(totals[head, row, h], values[j], reach * lengths[head, j] + slack)] += 1
 
 
 TINY = 2.0**-126  # what `exp_block` makes of all that is smaller
@@ -88,7 +87,7 @@ ROUNDING = 1e-5  # of a power and of its float32 exponent, relative: exponents o
 
 
 @njit(parallel=True, cache=True)
-def choose(scores, length, fixed, lengths, spans, tops, cuts, threads, ids, counts):
+def choose(scores, length, fixed, lengths, spans, totals, cuts, threads, ids, counts):
     """List the keys that are in a bin below a head's cut, one list for the G heads of a row.
 
     cuts (g, rows, G) int64; fills ids (g, rows, n) int32 from the start of each chunk on and counts (g, rows, chunks).
@@ -105,7 +104,7 @@ def choose(scores, length, fixed, lengths, spans, tops, cuts, threads, ids, coun
                 kept = not np.isfinite(lengths[head, j])
                 for h in range(heads):
                     radius = length[head, row, h] * lengths[head, j] + fixed[head, row, h]
-                    kept |= _place(tops[head, row, h], scores[head, row, h, j], radius) < cuts[head, row, h]
+                    kept |= _place(totals[head, row, h], scores[head, row, h, j], radius) < cuts[head, row, h]
                 ids[head, row, place] = j
                 place += kept
             counts[head, row, chunk] = place - chunk * CHUNK
