@@ -9,10 +9,9 @@ from numba import get_num_threads
 
 from attention import sampled_numba
 from attention.result import UNIT, Counters, Result, certify, joined
-from attention.sampled import TASKS
+from attention.sampled import TASKS, coded_spans
 from attention.values import Values
 from attention.weights import Softmax
-from hsr.coded_scan import KEYS
 from hsr.errors import ArgumentError
 from hsr.lifted import LARGEST
 from hsr.lifted_numba import CHUNK
@@ -70,8 +69,7 @@ def _attend(
     keys = visible.held.keys
     assert policy.bytes_per_key is not None
     codes = values.bounded(keys[:, : index.n], queries, policy.bytes_per_key, policy.delta, policy.seed)
-    stop = np.minimum((limits - policy.recent) // KEYS * KEYS, codes.n)
-    spans = np.where((stop > policy.sinks)[..., None], np.stack([np.full_like(stop, policy.sinks), stop], axis=2), 0)
+    spans = coded_spans(limits, policy.sinks, policy.recent, codes.n)
     parts = 1 + min(-(-TASKS // max(g * rows, 1)), -(-codes.n // CHUNK))
     width = values.array.shape[2]
     sums = np.empty((g, rows, parts, heads, sampled_numba.SUMS))

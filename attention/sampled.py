@@ -133,8 +133,7 @@ class Sampled:
         limits = np.ascontiguousarray(limits)
         keys = visible.held.keys
         lifted = values.lifted(keys[:, : index.n], queries, scale, self.bytes_per_key)
-        stop = np.minimum((limits - self.recent) // KEYS * KEYS, lifted.n)
-        spans = np.where((stop > self.sinks)[..., None], np.stack([np.full_like(stop, self.sinks), stop], axis=2), 0)
+        spans = coded_spans(limits, self.sinks, self.recent, lifted.n)
         parts = 1 + min(-(-TASKS // max(g * rows, 1)), -(-lifted.n // CHUNK))
         width = values.array.shape[2]
         sums = np.empty((g, rows, parts, heads, sampled_numba.SUMS))
@@ -196,3 +195,9 @@ class Sampled:
         doubt = ndtri((1 + self.confidence) / 2) * np.sqrt(variance / (draws + PRIOR))
         lse_error = doubt + error + sampled_numba.ROUNDING
         return Certificate("statistical", np.full(lse.shape, np.nan), bound, ratio, lse_error, self.confidence)
+
+
+def coded_spans(limits: np.ndarray, sinks: int, recent: int, coded: int) -> np.ndarray:
+    """limits (g, rows) -> first and last + 1 (g, rows, 2) of the keys left to codes: whole blocks, none if no more."""
+    stop = np.minimum((limits - recent) // KEYS * KEYS, coded)
+    return np.where((stop > sinks)[..., None], np.stack([np.full_like(stop, sinks), stop], axis=2), 0)
