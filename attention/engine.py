@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from attention import bounded
-from attention.policies import Certified, Policy, Selection, Visible
+from attention import coded
+from attention.coded import Coded
+from attention.policies import Certified, Policy, Selection
 from attention.result import Counters, Result, certify
 from attention.sampled import Sampled
 from attention.values import Values
+from attention.visible import Visible
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex, checks
 from hsr.backend import choose
@@ -55,8 +57,9 @@ class Plan:
     def calibrate(self, queries: Any, index: HSRIndex, values: Values) -> None:
         """Let the policy know queries (h, m, d) like those to come, if it can use them."""
         known = _checked(queries, index).astype(np.float64)
-        if isinstance(self.policy, Sampled | Certified):
-            self.policy.calibrate(index, values, known, self._scale(index))
+        if is_coded(self.policy):
+            keys = index.keys.reshape(index.heads, -1, index.d)
+            self.policy.codes(keys, values, known.reshape(index.heads, -1, *known.shape[1:]), self._scale(index))
 
     def _scale(self, index: HSRIndex) -> float:
         return 1 / math.sqrt(index.d) if self.scale is None else float(self.scale)
@@ -74,10 +77,8 @@ class Plan:
         error = visible.score_error()
         if not np.isfinite(error).all():
             raise ArgumentError("q and k must have scores within float64; got products that overflow it")
-        if isinstance(self.policy, Sampled):
-            return self.policy.attend(visible, values)
-        if isinstance(self.policy, Certified) and self.policy.bytes_per_key is not None:
-            return bounded.attend(self.policy, visible, values)
+        if is_coded(self.policy):
+            return coded.attend(self.policy, visible, values)
         report, log_dropped, kind = self._select(visible)
         run = choose("attend", self.method)
         output, lse, slope = run(
@@ -103,7 +104,12 @@ class Plan:
 
 def is_policy(candidate: Any) -> bool:
     """Whether softmax attention can choose its keys by it."""
-    return isinstance(candidate, Sampled) or hasattr(candidate, "select")
+    return is_coded(candidate) or hasattr(candidate, "select")
+
+
+def is_coded(candidate: Any) -> TypeGuard[Coded]:
+    """Whether it chooses keys by their codes."""
+    return bool(getattr(candidate, "coded", False))
 
 
 def _checked(q: Any, index: HSRIndex) -> np.ndarray:

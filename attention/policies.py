@@ -1,7 +1,8 @@
 """Which keys a softmax row attends to, and how much weight that can have dropped.
 
 A policy has one method, ``select``: it asks the index for half-spaces and returns their keys with an upper bound on the
-logarithm of the dropped weight.  ReLU attention needs none: its half-space is exact.
+logarithm of the dropped weight.  One that is ``coded`` chooses keys by their codes instead (`attention.coded`).  ReLU
+attention needs none: its half-space is exact.
 """
 
 from __future__ import annotations
@@ -9,38 +10,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from attention import sampled_numba
+from attention.coded import Asked, Attended, by_head
 from attention.probe_numba import lse_floor
+from attention.result import Certificate, certify
 from attention.values import Values
-from hsr import HSRIndex, Report, checks
+from attention.visible import Visible
+from attention.weights import Softmax
+from hsr import Report, checks
+from hsr.bounded import Bounded, Listing
 from hsr.errors import ArgumentError
-from hsr.roster import Held
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Queries that face an index: each sees the living keys with ids below its limit."""
-
-    index: HSRIndex
-    q: Any  # (h, m, d), in the index's dtype
-    queries: np.ndarray  # (h, m, d) float64, the same
-    limits: np.ndarray  # (h, m) int64
-    scale: float
-
-    @cached_property
-    def held(self) -> Held:
-        """The keys to sample, and how many living ones each query sees."""
-        return self.index.held(self.limits)
-
-    def score_error(self) -> np.ndarray:
-        """Bound (h, m) on the float64 rounding of any scaled score."""
-        with np.errstate(over="ignore"):
-            magnitude = np.abs(self.queries).sum(axis=-1) * self.index.largest * self.scale
-        return (self.index.d + 4) * 2.0**-52 * magnitude
 
 
 class Selection(NamedTuple):
@@ -158,17 +141,44 @@ class Certified:
         checks.whole("seed", self.seed, 0, 2**63 - 1)
 
     @property
+    def coded(self) -> bool:
+        """Whether codes choose the keys."""
+        return self.bytes_per_key is not None
+
+    @property
     def method(self) -> str:
         """Index method that "auto" means: codes need no structure."""
-        return "auto" if self.bytes_per_key is None else "brute"
+        return "brute" if self.coded else "auto"
 
-    def calibrate(self, index: HSRIndex, values: Values, queries: np.ndarray, scale: float) -> None:
-        """Code the keys, where codes are asked for, in the metric of queries (h, m, d) float64 like those to come."""
-        if self.bytes_per_key is not None:
-            grouped = queries.reshape(index.heads, -1, *queries.shape[1:])
-            values.bounded(
-                index.keys.reshape(index.heads, -1, index.d), grouped, self.bytes_per_key, self.delta, self.seed
-            )
+    def codes(self, keys: np.ndarray, values: Values, queries: np.ndarray, scale: float) -> Bounded:
+        """The bounded codes of keys (g, n, d)."""
+        assert self.bytes_per_key is not None
+        return values.bounded(keys, queries, self.bytes_per_key, self.delta, self.seed)
+
+    def lift(self, values: Values) -> np.ndarray:
+        """Nothing: keys matter by their weight alone."""
+        return np.broadcast_to(np.zeros(1), values.store.shape[:2])
+
+    def choose(self, codes: Bounded, asked: Asked) -> Listing:
+        """Every key of the spans that could matter."""
+        return codes.select(asked.queries, asked.spans, asked.known, asked.scale, self.eps)
+
+    def certificate(self, attended: Attended, error: np.ndarray, values: Values, dtype: str) -> Certificate:
+        """From the bound on what was left out."""
+        output, lse, _, reported, listing = attended
+        return certify(
+            output,
+            lse,
+            np.zeros(lse.shape),
+            by_head(listing.log_dropped),
+            error + sampled_numba.ROUNDING / 2,
+            reported,
+            values,
+            dtype,
+            Softmax(),
+            "probability" if self.delta else "deterministic",
+            1 - self.delta,
+        )
 
     def select(self, visible: Visible) -> Selection:
         """Report the half-space at T."""

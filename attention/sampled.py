@@ -5,27 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numba import get_num_threads
 from scipy.special import gammaincinv, ndtri
 
 from attention import sampled_numba
-from attention.result import ROUNDING, SMALLEST, UNIT, Certificate, Counters, Result, joined
+from attention.coded import Asked, Attended, by_head
+from attention.result import ROUNDING, SMALLEST, UNIT, Certificate
 from attention.values import Values
-from hsr import HSRIndex, checks
-from hsr.coded_scan import KEYS
+from hsr import checks
 from hsr.errors import ArgumentError
-from hsr.lifted import LARGEST
-from hsr.lifted_numba import CHUNK, generators
-
-if TYPE_CHECKING:
-    from attention.policies import Visible
+from hsr.lifted import Draw, Lifted
+from hsr.lifted_numba import generators
 
 DRAWS = ("systematic", "independent")
-TASKS = 64  # into which attending to drawn keys is cut, however many threads there are: sums are always the same
-ESTIMATES = 1 << 26  # most estimated scores held at once
 PRIOR = 0.5  # draws that the variance expected from estimates counts for; measured on real heads, too
 TAIL = 3.0  # kurtosis that a draw brings into the error, over the number of draws; measured on real heads
 
@@ -59,6 +53,7 @@ class Sampled:
     """
 
     method: ClassVar[str] = "brute"  # its codes are its own
+    coded: ClassVar[bool] = True
 
     eps: float | None = None
     budget: float | None = None
@@ -94,93 +89,44 @@ class Sampled:
         assert self.budget is not None
         return dataclasses.replace(self, budget=4 * self.budget) if 4 * self.budget < n else None
 
-    def calibrate(self, index: HSRIndex, values: Values, queries: np.ndarray, scale: float) -> None:
-        """Code the keys for queries (h, m, d) float64 like those to come; else the first ones attended with serve."""
-        grouped = queries.reshape(index.heads, -1, *queries.shape[1:])
-        values.lifted(index.keys.reshape(index.heads, index.n, index.d), grouped, scale, self.bytes_per_key)
+    def codes(self, keys: np.ndarray, values: Values, queries: np.ndarray, scale: float) -> Lifted:
+        """The lifted codes of keys (g, n, d)."""
+        return values.lifted(keys, queries, scale, self.bytes_per_key)
 
-    def attend(self, visible: Visible, values: Values) -> Result:
-        """Sample and attend: Result (h, m), output float64."""
-        h, m, d = visible.queries.shape
-        g = visible.index.heads
-        if visible.index.alive < visible.index.n:
-            gone = visible.index.n - visible.index.alive
-            raise ArgumentError(f"Sampled needs an index from which nothing was deleted; got one that lost {gone} keys")
-        error = visible.score_error()
-        if error.max(initial=0.0) > LARGEST * ROUNDING["float64"]:
-            raise ArgumentError(f"q and k must have scaled scores below {LARGEST:.0e} for Sampled; got larger ones")
-        step = max(1, ESTIMATES // (h * visible.index.n))
-        rows = visible.queries.reshape(g, h // g, m, d).transpose(0, 2, 1, 3)  # (g, m, G, d)
-        limits = visible.limits.reshape(g, h // g, m)
-        assert (limits == limits[:, :1]).all(), "the heads of a group see the same keys"
-        blocks = [slice(first, first + step) for first in range(0, max(m, 1), step)]
-        found = [self._attend(visible, values, rows[:, block], limits[:, 0, block]) for block in blocks]
-        results = []
-        for block, (output, lse, moments, counters) in zip(blocks, found, strict=True):
-            certificate = self._certify(output, lse, moments, error[:, block], values, visible.index.dtype)
-            results.append(Result(output, lse, np.isneginf(lse), certificate, counters, visible.index.n))
-        return joined(results)
+    def lift(self, values: Values) -> np.ndarray:
+        """``ln ||v_j - c||``: (g, at least n)."""
+        return values.lift
 
-    def _attend(
-        self, visible: Visible, values: Values, queries: np.ndarray, limits: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counters]:
-        """queries (g, rows, G, d) float64, limits (g, rows) -> output (h, rows, dv), lse, moments (h, rows, 5).
-
-        The moments are those of `sampled_numba.merge`, and what estimates let expect of the first two of them.
-        """
-        index, scale = visible.index, visible.scale
-        g, rows, heads, _ = queries.shape
-        limits = np.ascontiguousarray(limits)
-        keys = visible.held.keys
-        lifted = values.lifted(keys[:, : index.n], queries, scale, self.bytes_per_key)
-        spans = coded_spans(limits, self.sinks, self.recent, lifted.n)
-        parts = 1 + min(-(-TASKS // max(g * rows, 1)), -(-lifted.n // CHUNK))
-        width = values.array.shape[2]
-        sums = np.empty((g, rows, parts, heads, sampled_numba.SUMS))
-        vectors, known = np.empty((g, rows, parts, heads, 2, width)), np.empty((g, rows, heads))
-        near, units = np.ascontiguousarray(queries), values.unit
-        centre = (values.centre * units[:, None]).astype(units.dtype)
-        cache = keys, values.store, centre, units
-        sampled_numba.attend_certain(*cache, values.lift, near, scale, spans, limits, sums, vectors, known)
-        draw = lifted.draw(
-            queries,
-            spans,
-            known,
+    def choose(self, codes: Lifted, asked: Asked) -> Draw:
+        """Draw keys within the spans."""
+        return codes.draw(
+            asked.queries,
+            asked.spans,
+            asked.known,
             eps=self.eps,
             budget=self.budget,
-            generators=generators(self.seed, limits if self.redraw else np.zeros_like(limits)),
+            generators=generators(self.seed, asked.limits if self.redraw else np.zeros_like(asked.limits)),
             systematic=self.draw == "systematic",
         )
-        drawn = draw.ids, draw.pis, draw.counts
-        sampled_numba.attend_drawn(*cache, near, scale, *drawn, get_num_threads(), sums, vectors)
-        output, lse = np.empty((g, rows, heads, width)), np.empty((g, rows, heads))
-        moments = np.empty((g, rows, heads, 5))
-        sampled_numba.merge(sums, vectors, centre, units, draw.variance, output, lse, moments)
-        with np.errstate(divide="ignore"):
-            expected = np.log(draw.variance[..., :1]) + 2 * (draw.thresholds - lse)
-        moments[..., 3] = np.exp(expected - 2 * np.log(values.distance)[:, None, None])
-        moments[..., 4] = np.exp(expected)
-        sampled = spans[..., 1] - spans[..., 0]
-        read = draw.counts.sum(axis=2) + limits - sampled
-        scanned, visited = (np.repeat(count, heads, axis=0) for count in (read, sampled))
-        by_head = [part.swapaxes(1, 2).reshape(g * heads, rows, *part.shape[3:]) for part in (output, lse, moments)]
-        return by_head[0], by_head[1], by_head[2], Counters(scanned, visited, scanned)
 
-    def _certify(
-        self, output: np.ndarray, lse: np.ndarray, moments: np.ndarray, error: np.ndarray, values: Values, dtype: str
-    ) -> Certificate:
-        """output (h, rows, dv), moments (h, rows, 5), score rounding (h, rows) -> bounds at the stated confidence.
+    def certificate(self, attended: Attended, error: np.ndarray, values: Values, dtype: str) -> Certificate:
+        """Bounds at the stated confidence; error (h, rows) is of the rounding of scores.
 
         The squared error of the output is a sum over the values' principal directions: a chi-squared variable of about
         ``values.directions`` degrees of freedom, fewer where few draws carry it.  What the draws say of its mean counts
         by their number, what the estimates let expect counts as PRIOR draws: no draw at all does not mean no error.
         """
+        output, lse, moments, _, draw = attended
         repeat = len(output) // len(values.radius)
-        directions, centre, radius = (
-            np.repeat(part, repeat, axis=0) for part in (values.directions, values.centre, values.radius)
+        directions, centre, radius, distance = (
+            np.repeat(part, repeat, axis=0)
+            for part in (values.directions, values.centre, values.radius, values.distance)
         )
+        with np.errstate(divide="ignore"):
+            expected = by_head(np.log(draw.variance[..., :1]) + 2 * draw.thresholds) - 2 * lse  # a logarithm
         draws = moments[..., 2]
-        variance, square = (draws * moments[..., i] + PRIOR * moments[..., i + 3] for i in (0, 1))
+        variance = draws * moments[..., 0] + PRIOR * np.exp(expected - 2 * np.log(distance)[:, None])
+        square = draws * moments[..., 1] + PRIOR * np.exp(expected)
         freedom = 1 / (1 / directions[:, None] + TAIL / (2 * (draws + PRIOR)))
         spread = np.sqrt(square / (draws + PRIOR) * gammaincinv(freedom / 2, self.confidence) * 2 / freedom)
         reach = np.sqrt(((output - centre[:, None]) ** 2).sum(axis=2)) + radius[:, None]
@@ -195,9 +141,3 @@ class Sampled:
         doubt = ndtri((1 + self.confidence) / 2) * np.sqrt(variance / (draws + PRIOR))
         lse_error = doubt + error + sampled_numba.ROUNDING
         return Certificate("statistical", np.full(lse.shape, np.nan), bound, ratio, lse_error, self.confidence)
-
-
-def coded_spans(limits: np.ndarray, sinks: int, recent: int, coded: int) -> np.ndarray:
-    """limits (g, rows) -> first and last + 1 (g, rows, 2) of the keys left to codes: whole blocks, none if no more."""
-    stop = np.minimum((limits - recent) // KEYS * KEYS, coded)
-    return np.where((stop > sinks)[..., None], np.stack([np.full_like(stop, sinks), stop], axis=2), 0)

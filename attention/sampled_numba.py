@@ -11,92 +11,134 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from hsr.exp_block import BLOCK, exp_block
+from hsr.exp_block import BLOCK, FAST, exp32
 from hsr.lifted_numba import CHUNK
-from hsr.prefetch import prefetch_row
+from hsr.prefetch import prefetch_bytes
 
-AHEAD = 8  # keys whose rows are asked for before they are needed
+AHEAD = 6  # keys whose rows are asked for before they are needed
+GROUP = 4  # values added at a time
 TOP, TOTAL, RISK, FAR, FAR_SQUARED, CHANCE, CHANCE_WEIGHT = range(7)
 ROUNDING = 8e-6  # of a weight and of float32 sums of 64 terms, relative
 SUMS = 7  # largest score, then sums of w / pi, a, a |v - c|^2, its square, 1 - pi, (1 - pi) w / pi
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
-def _score(query, h, keys, j):
-    total = 0.0
-    for i in range(query.shape[1]):
-        total += query[h, i] * np.float64(keys[j, i])
-    return total
+@njit(fastmath=FAST, cache=True)
+def _score(keys, values, ids, query, scale, scores):
+    """scores (G, 64) of the listed keys; rows of keys and values are asked for ahead."""
+    heads, d = query.shape
+    at_keys, at_values = np.uintp(keys.ctypes.data), np.uintp(values.ctypes.data)
+    key_bytes, value_bytes = d * keys.itemsize, values.shape[1] * values.itemsize
+    for c in range(min(AHEAD, len(ids))):
+        prefetch_bytes(at_keys + np.uintp(ids[c]) * np.uintp(key_bytes), key_bytes)
+    for c in range(len(ids)):
+        if c + AHEAD < len(ids):
+            prefetch_bytes(at_keys + np.uintp(ids[c + AHEAD]) * np.uintp(key_bytes), key_bytes)
+        prefetch_bytes(at_values + np.uintp(ids[c]) * np.uintp(value_bytes), value_bytes)
+        for h in range(heads):
+            total = 0.0
+            for i in range(d):
+                total += query[h, i] * np.float64(keys[ids[c], i])
+            scores[h, c] = scale * total
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
-def _add(vector, weights, risks, c, sums, spreads):
-    """Add a centred value (dv,) to sums and spreads (G, dv) with the weights (G, 64); returns its squared length."""
-    square = vector[0] * vector[0]
-    for t in range(1, len(vector)):
-        square += vector[t] * vector[t]
-    for h in range(len(sums)):
-        weight, risk = weights[h, c], risks[h, c]
-        for t in range(len(vector)):
-            sums[h, t] += weight * vector[t]
-        for t in range(len(vector)):
-            spreads[h, t] += risk * vector[t]
+@njit(fastmath=FAST, cache=True)
+def _weigh(scores, pis, top, weights, risks):
+    """Fill weights and risks (64,) from scores of at most top; the sums of w / pi, a, 1 - pi, (1 - pi) w / pi."""
+    total = risk = chance = both = 0.0
+    for c in range(len(pis)):
+        pi = np.float64(pis[c])
+        weight = np.float64(exp32(np.float32(scores[c] - top))) / pi
+        weights[c], risks[c] = weight, (1.0 - pi) * weight * weight
+        total += weight
+        risk += (1.0 - pi) * weight * weight
+        chance += 1.0 - pi
+        both += (1.0 - pi) * weight
+    return total, risk, chance, both
+
+
+@njit(cache=True)
+def _centre(value, unit, centre, row):
+    """row (dv,) = value * unit - centre."""
+    for t in range(len(row)):
+        row[t] = value[t] * unit - centre[t]
+
+
+@njit(fastmath=FAST, cache=True)
+def _square(row):
+    square = row.dtype.type(0)
+    for t in range(len(row)):
+        square += row[t] * row[t]
     return square
+
+
+@njit(fastmath=FAST, cache=True)
+def _risky(risks, squares):
+    """The sums of a |v - c|^2 and of its square."""
+    far = far_squared = 0.0
+    for c in range(len(squares)):
+        x = np.float64(risks[c]) * np.float64(squares[c])
+        far += x
+        far_squared += x * x
+    return far, far_squared
+
+
+@njit(fastmath=FAST, cache=True)
+def _add(weights, risks, rows, size, sums, vectors):
+    """Add the rows (size, dv), times weights and times risks (64,), to vectors (2, dv) float64."""
+    sums[:] = 0.0
+    for c in range(0, size, GROUP):
+        a, b, d, e = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
+        p, q, r, s = risks[c], risks[c + 1], risks[c + 2], risks[c + 3]
+        for t in range(rows.shape[1]):
+            x, y, z, w = rows[c, t], rows[c + 1, t], rows[c + 2, t], rows[c + 3, t]
+            sums[0, t] += (a * x + b * y) + (d * z + e * w)
+            sums[1, t] += (p * x + q * y) + (r * z + s * w)
+    for i in range(2):
+        for t in range(rows.shape[1]):
+            vectors[i, t] += sums[i, t]
+
+
+@njit(cache=True)
+def _fade(part, vector, top):
+    """Make a part's sums (SUMS,) and vectors (2, dv) relative to a larger score."""
+    fade = np.exp(part[TOP] - top)
+    part[TOP] = top
+    part[TOTAL] *= fade
+    part[RISK] *= fade * fade
+    part[FAR] *= fade * fade
+    part[FAR_SQUARED] *= (fade * fade) ** 2
+    part[CHANCE_WEIGHT] *= fade
+    for t in range(vector.shape[1]):
+        vector[0, t] *= fade
+        vector[1, t] *= fade * fade
 
 
 @njit(cache=True)
 def _absorb(ids, pis, cache, query, tools, scalars, vectors):
     """Add the listed keys, at most 64 of them, to a part: scalars (G, SUMS), vectors (G, 2, dv) float64."""
     keys, values, centre, unit, scale = cache
-    scores, x, bits, weights, risks, vector, sums, spreads = tools
-    size, heads = len(ids), len(query)
-    powers = bits.view(np.float32)
-    for c in range(min(AHEAD, size)):
-        prefetch_row(keys, ids[c])
+    scores, weights, risks, rows, squares, sums = tools
+    size = len(ids)
+    _score(keys, values, ids, query, scale, scores)
     for c in range(size):
-        if c + AHEAD < size:
-            prefetch_row(keys, ids[c + AHEAD])
-        prefetch_row(values, ids[c])
-        for h in range(heads):
-            scores[h, c] = scale * _score(query, h, keys, ids[c])
-    for h in range(heads):
+        _centre(values[ids[c]], unit, centre, rows[c])
+        squares[c] = _square(rows[c])
+    for h in range(len(query)):
         top = scores[h, :size].max()
-        if top > scalars[h, TOP]:
-            fade = np.exp(scalars[h, TOP] - top)
-            scalars[h, TOP] = top
-            scalars[h, TOTAL] *= fade
-            scalars[h, RISK] *= fade * fade
-            scalars[h, FAR] *= fade * fade
-            scalars[h, FAR_SQUARED] *= (fade * fade) ** 2
-            scalars[h, CHANCE_WEIGHT] *= fade
-            for t in range(vectors.shape[2]):
-                vectors[h, 0, t] *= fade
-                vectors[h, 1, t] *= fade * fade
-        x[:] = 0.0
-        for c in range(size):
-            x[c] = np.float32(scores[h, c] - scalars[h, TOP])
-        exp_block(x, bits, powers)
-        for c in range(size):
-            chance = np.float64(pis[c])
-            weight = np.float64(powers[c]) / chance
-            weights[h, c], risks[h, c] = weight, (1.0 - chance) * weight * weight
-            scalars[h, TOTAL] += weight
-            scalars[h, RISK] += (1.0 - chance) * weight * weight
-            scalars[h, CHANCE] += 1.0 - chance
-            scalars[h, CHANCE_WEIGHT] += (1.0 - chance) * weight
-    sums[:], spreads[:] = 0.0, 0.0
-    for c in range(size):
-        for t in range(len(vector)):
-            vector[t] = values[ids[c], t] * unit - centre[t]
-        square = _add(vector, weights, risks, c, sums, spreads)
-        for h in range(heads):
-            far = np.float64(risks[h, c]) * np.float64(square)
-            scalars[h, FAR] += far
-            scalars[h, FAR_SQUARED] += far * far
-    for h in range(heads):
-        for t in range(len(vector)):
-            vectors[h, 0, t] += sums[h, t]
-            vectors[h, 1, t] += spreads[h, t]
+        part = scalars[h]
+        if top > part[TOP]:
+            _fade(part, vectors[h], top)
+        total, risk, chance, both = _weigh(scores[h], pis, part[TOP], weights, risks)
+        far, far_squared = _risky(risks, squares[:size])
+        weights[size : size + GROUP] = 0.0  # the last group of values may be short
+        risks[size : size + GROUP] = 0.0
+        part[TOTAL] += total
+        part[RISK] += risk
+        part[FAR] += far
+        part[FAR_SQUARED] += far_squared
+        part[CHANCE] += chance
+        part[CHANCE_WEIGHT] += both
+        _add(weights, risks, rows, size, sums, vectors[h])
 
 
 @njit(cache=True)
@@ -113,16 +155,14 @@ def _log_add(lse, scores, lift, ids):
 
 @njit(cache=True)
 def _tools(heads, width, like):
-    """Buffers of one thread: scores, a block of exponents, weights, risks, a centred value, its weighted sums."""
+    """Buffers of one thread: scores, a head's weights and risks, centred values, their squares and weighted sums."""
     return (
         np.empty((heads, BLOCK)),
-        np.empty(BLOCK, np.float32),
-        np.empty(BLOCK, np.int32),
-        np.empty((heads, BLOCK), like.dtype),
-        np.empty((heads, BLOCK), like.dtype),
-        np.empty(width, like.dtype),
-        np.empty((heads, width), like.dtype),
-        np.empty((heads, width), like.dtype),
+        np.empty(BLOCK, like.dtype),
+        np.empty(BLOCK, like.dtype),
+        np.zeros((BLOCK, width), like.dtype),
+        np.empty(BLOCK, like.dtype),
+        np.empty((2, width), like.dtype),
     )
 
 
@@ -159,7 +199,7 @@ def attend_certain(keys, values, centre, units, lift, queries, scale, spans, lim
                 place += 1
             if size == 0:
                 break
-            _absorb(ids[:size], ones, cache, queries[head, row], tools, part, vector)
+            _absorb(ids[:size], ones[:size], cache, queries[head, row], tools, part, vector)
             for h in range(heads):
                 lifted[head, row, h] = _log_add(lifted[head, row, h], tools[0][h, :size], lift[head], ids)
 
@@ -188,7 +228,7 @@ def attend_drawn(keys, values, centre, units, queries, scale, ids, pis, counts, 
                         _absorb(block_ids, block_pis, cache, queries[head, row], tools, sums, vector)
                         size = 0
             if size > 0:
-                _absorb(block_ids[:size], block_pis, cache, queries[head, row], tools, sums, vector)
+                _absorb(block_ids[:size], block_pis[:size], cache, queries[head, row], tools, sums, vector)
 
 
 @njit(cache=True)

@@ -47,8 +47,8 @@ def inserted(text: str, contents: Mapping[str, str]) -> str:
 
 def methods_table() -> str:
     """Every row of the dispatch table."""
-    cells = ((row.op, f"`{row.method}`", row.device, row.serves) for row in ROWS)
-    return _markdown(("operation", "method", "device", "serves"), cells)
+    cells = ((row.op, f"`{row.method}`", row.device, row.serves, row.work) for row in ROWS)
+    return _markdown(("operation", "method", "device", "serves", "work of a query"), cells)
 
 
 def performance(measured: Mapping[str, Any]) -> str:

@@ -23,7 +23,8 @@ class Row:
     method: str
     module: str
     device: str  # "cpu", "cuda" or "any"
-    serves: str  # what it is for, in a few words; the README's table shows it
+    serves: str  # what it is for, in a few words; the README's table shows it, and the next
+    work: str  # of a query over n keys of which it reports k: what is proven and what was measured
     needs: tuple[str, ...] = ()
 
     def refusal(self, device: str, **call: object) -> str | None:
@@ -42,14 +43,43 @@ class Row:
 
 
 ROWS = (
-    Row("build", "reference", "hsr.reference", "cpu", "the definition, plain float64 numpy"),
-    Row("build", "brute", "hsr.brute_numba", "cpu", "few keys; scores every one"),
-    Row("build", "tree", "hsr.tree_numba", "cpu", "small d (2 to about 8); box bounds, whole subtrees at once"),
-    Row("build", "layers", "hsr.layers_numba", "cpu", "the plane (d = 2); convex layers, O(log n + k) a query"),
-    Row("build", "sketch", "hsr.sketch_numba", "cpu", "attention's d (16 to 256); int8 codes with a proven bound"),
-    Row("attend", "numba", "attention.attend_numba", "cpu", "weighted values over reported keys"),
-    Row("attend", "reference", "attention.reference", "cpu", "the definition, plain float64 numpy"),
-    Row("session", "cuda", "gpu.session", "cuda", "sampled decode in four launches", ("torch", "triton")),
+    Row("build", "reference", "hsr.reference", "cpu", "the definition, plain float64 numpy", "n keys"),
+    Row("build", "brute", "hsr.brute_numba", "cpu", "few keys; scores every one", "n keys"),
+    Row(
+        "build",
+        "tree",
+        "hsr.tree_numba",
+        "cpu",
+        "small d (2 to about 8); box bounds, whole subtrees at once",
+        "proven O(n); measured n^0.07 (d = 2), n^0.10 (3), n^0.20 (4), n^0.41 (8), n (64)",
+    ),
+    Row(
+        "build",
+        "layers",
+        "hsr.layers_numba",
+        "cpu",
+        "the plane (d = 2); convex layers",
+        "O(log n + k) up to the hints' ranges; measured n^0.00",
+    ),
+    Row(
+        "build",
+        "sketch",
+        "hsr.sketch_numba",
+        "cpu",
+        "attention's d (16 to 256); int8 codes with a proven bound",
+        "n codes, then 1.0 k to 1.7 k keys",
+    ),
+    Row("attend", "numba", "attention.attend_numba", "cpu", "weighted values over reported keys", "k keys"),
+    Row("attend", "reference", "attention.reference", "cpu", "the definition, plain float64 numpy", "k keys"),
+    Row(
+        "session",
+        "cuda",
+        "gpu.session",
+        "cuda",
+        "sampled decode in four launches",
+        "n codes, k keys",
+        ("torch", "triton"),
+    ),
 )
 
 
@@ -65,10 +95,16 @@ def choose(op: str, method: str, *, device: str = "cpu", **call: object) -> Call
         ArgumentError: no such row.
         BackendUnavailable: the row cannot serve this call; the message has its reason.
     """
+    row = named(op, method)
+    reason = row.refusal(device, **call)
+    if reason is not None:
+        raise BackendUnavailable(f"method {method!r} cannot serve this call: it {reason}")
+    return row.function()
+
+
+def named(op: str, method: str) -> Row:
+    """The row of that name; ArgumentError if there is none."""
     for row in ROWS:
         if (row.op, row.method) == (op, method):
-            reason = row.refusal(device, **call)
-            if reason is not None:
-                raise BackendUnavailable(f"method {method!r} cannot serve this call: it {reason}")
-            return row.function()
+            return row
     raise ArgumentError(f"method must be one of {', '.join(methods(op))}; got {method!r}")

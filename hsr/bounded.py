@@ -33,6 +33,7 @@ class Listing(NamedTuple):
     ids: np.ndarray  # (g, rows, n) int32
     pis: np.ndarray  # (g, rows, n) float32, all 1
     counts: np.ndarray  # (g, rows, chunks) int64
+    variance: np.ndarray  # (g, rows, 2), all 0: nothing is left to chance
     log_dropped: np.ndarray  # (g, rows, G): ln of an upper bound on the sum of the weights left out
 
 
@@ -91,9 +92,9 @@ class Bounded:
         g, rows, heads, d = queries.shape
         chunks = -(-self.n // CHUNK)
         ids, counts = np.empty((g, rows, self.n), np.int32), np.zeros((g, rows, chunks), np.int64)
-        pis = np.ones((g, rows, self.n), np.float32)
+        pis, certain = np.ones((g, rows, self.n), np.float32), np.zeros((g, rows, 2))
         if self._cover is None:
-            return Listing(ids, pis, counts, np.full((g, rows, heads), -np.inf))
+            return Listing(ids, pis, counts, certain, np.full((g, rows, heads), -np.inf))
         padded = np.zeros((g, rows, -(-heads // PAIRS) * PAIRS, d))
         padded[:, :, :heads] = queries
         coded = self._cover.prepare(padded.reshape(g, -1, d))
@@ -108,7 +109,7 @@ class Bounded:
         bounded_numba.survey(scores, length, fixed, self._lengths, spans, totals, bins)
         cuts, log_dropped = _tails(bins, totals, eps)
         bounded_numba.choose(scores, length, fixed, self._lengths, spans, totals, cuts, threads, ids, counts)
-        return Listing(ids, pis, counts, log_dropped + base)
+        return Listing(ids, pis, counts, certain, log_dropped + base)
 
 
 def _tails(bins: np.ndarray, totals: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:

@@ -61,8 +61,7 @@ def survey(scores, length, fixed, lengths, spans, totals, bins):
         head, row, h = task // (rows * heads), task // heads % rows, task % heads
         start, stop = spans[head, row]
         values, reach, slack = scores[head, row, h], length[head, row, h], fixed[head, row, h]
-        x, bits = np.empty(KEYS, np.float32), np.empty(KEYS, np.int32)
-        powers = bits.view(np.float32)
+        x, powers = np.empty((2, KEYS), np.float32)
         top = -np.inf
         for j in range(start, stop):
             top = max(top, np.float64(values[j]) - (reach * lengths[head, j] + slack))
@@ -71,7 +70,7 @@ def survey(scores, length, fixed, lengths, spans, totals, bins):
             x[:] = np.float32(-np.inf)
             for j in range(first, min(stop, first + KEYS)):
                 x[j - first] = np.float32(np.float64(values[j]) - (reach * lengths[head, j] + slack) - top)
-            exp_block(x, bits, powers)
+            exp_block(x, powers)
             for j in range(KEYS):
                 total += np.float64(powers[j]) - TINY
         if total > TINY:
@@ -82,7 +81,7 @@ def survey(scores, length, fixed, lengths, spans, totals, bins):
                 bins[head, row, h, _place(totals[head, row, h], values[j], reach * lengths[head, j] + slack)] += 1
 
 
-TINY = 2.0**-126  # what `exp_block` makes of all that is smaller
+TINY = 2.0**-126  # what `exp32` makes of all that is smaller
 ROUNDING = 1e-5  # of a power and of its float32 exponent, relative: exponents of up to 88 nats round by 5e-6
 
 

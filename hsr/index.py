@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hsr import brute_numba, checks, selection, storage
-from hsr.backend import choose
+from hsr.backend import choose, named
 from hsr.errors import ArgumentError
 from hsr.growth import Segment, covered, grown, merge_start, with_room
 from hsr.report import Hits, Report
@@ -244,7 +244,7 @@ class HSRIndex:
         return index
 
     def explain(self) -> dict[str, Any]:
-        """Sizes, the method and why it was chosen, its segments, bytes per key held, dead or alive."""
+        """Sizes, the method and why it was chosen, its work, its segments, bytes per key held, dead or alive."""
         held = sum(storage.nbytes(segment.structure) for head in self._segments for segment in head)
         return {
             "keys": (self.heads, self.n, self.d),
@@ -253,6 +253,7 @@ class HSRIndex:
             "dtype": self.dtype,
             "method": self.method,
             "reasons": self._choice.reasons,
+            "work": named("build", self.method).work,
             "segments": [(segment.start, segment.stop) for segment in self._segments[0]],
             "buffered": self._roster.stored - covered(self._segments[0]),
             "index_bytes_per_key": held / max(1, self.heads * self._roster.stored),

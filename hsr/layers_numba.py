@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit, prange
 
-from hsr.exact import UNDERFLOW, reaches, score, widest_band
+from hsr.exact import BAND, UNDERFLOW, widest_band
 from hsr.report import Hits
 from hsr.rows import gathered, scratch
 from hsr.scaling import exponent, unit
@@ -230,61 +230,56 @@ def _layered(grids):
 
 
 @njit(cache=True)
-def _best(points, qx, qy, low, high):
-    """The place in low..high with the largest score of a chain, and how many edges were looked at."""
-    visited = 0
-    while low < high:
-        middle = (low + high) // 2
-        visited += 1
-        if qx * (points[middle + 1, 0] - points[middle, 0]) + qy * (points[middle + 1, 1] - points[middle, 1]) > 0.0:
-            low = middle + 1
-        else:
-            high = middle
-    return low, visited
-
-
-@njit(cache=True)
-def _test(side, place, keys, exact, asked, indices, scores, found):
-    """Append the members among the keys of one place to indices, scores (w,) -> new number found, keys tested."""
-    points, firsts, rows = side[0], side[1], side[2]
-    threshold, widest, limit = asked
-    tested = firsts[place + 1] - firsts[place]
-    for j in range(firsts[place], firsts[place + 1]):
-        row = rows[j]
-        if row < limit:
-            if len(keys):
-                total = score(exact, keys, row)
-                member = reaches(exact, keys, row, total, threshold, widest)
-            else:
-                total = score(exact, points, place)
-                member = reaches(exact, points, place, total, threshold, widest)
-            if member:
-                if len(indices):
-                    indices[found], scores[found] = row, total
-                found += 1
-    return found, tested
+def _judged(qx, qy, x, y, threshold, widest):
+    """The score of a key and whether it `hsr.exact.reaches` the threshold, all scalars."""
+    total = qx * x + qy * y
+    inside = total >= threshold
+    if inside != (total + widest >= threshold):
+        inside = total + 3 * (BAND * (abs(qx * x) + abs(qy * y)) + UNDERFLOW) >= threshold
+    return total, inside
 
 
 @njit(cache=True)
 def _search(side, keys, exact, aim, low, asked, indices, scores):
-    """Report one query -> keys found, keys tested, edges looked at and vertices that ended a walk."""
-    points, starts, hints = side[0], side[3], side[4]
-    count = len(points)
+    """Report one query -> keys found, keys tested, edges looked at and vertices that ended a walk.
+
+    All loops are in here: a call with array arguments counts references, which takes longer than a vertex.
+    """
+    points, firsts, rows, starts, hints = side
+    threshold, widest, limit = asked
+    count, lossless, collect = len(points), len(keys) == 0, len(indices) > 0
     found = scanned = visited = layer = 0
     first, last = 0, starts[1] - 1
     while True:
-        best, looked = _best(points, aim[0], aim[1], first, last)
+        best, right = first, last  # the vertex with the largest score of a chain lies in best..right
+        while best < right:
+            middle = (best + right) // 2
+            visited += 1
+            dx, dy = points[middle + 1, 0] - points[middle, 0], points[middle + 1, 1] - points[middle, 1]
+            if aim[0] * dx + aim[1] * dy > 0.0:
+                best = middle + 1
+            else:
+                right = middle
         begin, end = starts[layer], starts[layer + 1]
+        silent = False
         for step in (-1, 1):
             place = best if step < 0 else best + 1
             while begin <= place < end and aim[0] * points[place, 0] + aim[1] * points[place, 1] >= low:
-                found, tested = _test(side, place, keys, exact, asked, indices, scores, found)
-                scanned += tested
+                x, y = points[place, 0], points[place, 1]
+                scanned += firsts[place + 1] - firsts[place]
+                for j in range(firsts[place], firsts[place + 1]):
+                    row = rows[j]
+                    if row < limit:
+                        if not lossless:
+                            x, y = keys[row, 0], keys[row, 1]
+                        total, inside = _judged(exact[0], exact[1], x, y, threshold, widest)
+                        if collect:  # the next key overwrites all but a member
+                            indices[found], scores[found] = row, total
+                        found += inside
                 place += step
-            if place == best:  # silent
-                return found, scanned, visited + looked + 1
-        visited += looked + 2
-        if end == count:
+            silent |= place == best
+        visited += 1 if silent else 2
+        if silent or end == count:
             return found, scanned, visited
         layer += 1
         first = hints[best]

@@ -11,13 +11,14 @@ import numpy as np
 from numba import njit, prange
 
 from hsr.coded_scan import KEYS, QUERIES, block_sums
-from hsr.exp_block import exp_block
+from hsr.exp_block import FAST, exp32
 
 CHUNK = 2048  # keys in a task
 BLOCKS = CHUNK // KEYS
 NONE = np.float32(-1e30)  # the estimate of a key that is not up for sampling
-UNIFORM = 2.0**-32
-ROOM = 1.0 + 2.0**-16  # more than a float32 sum of 64 terms can be off, relatively
+BITS = 24  # chances are multiples of 2**-BITS, which float32 holds and int32 adds exactly
+SURE = np.int32(1 << BITS)
+GRAIN = np.float32(2.0**-BITS)
 
 
 @njit(cache=True)
@@ -30,9 +31,9 @@ def mixed(x):
 
 
 @njit(cache=True)
-def uniform(key, counter):
-    """The number in (0, 1) that belongs to a uint32 key and a counter: a generator without state."""
-    return (np.float64(mixed((np.uint32(counter) * np.uint32(0x9E3779B1)) ^ np.uint32(key))) + 0.5) * UNIFORM
+def number(key, counter):
+    """The int32 in 0 .. SURE - 1 that belongs to a uint32 key and a counter: a generator without state."""
+    return np.int32(mixed((np.uint32(counter) * np.uint32(0x9E3779B1)) ^ np.uint32(key)) >> np.uint32(32 - BITS))
 
 
 @njit(cache=True)
@@ -45,6 +46,34 @@ def generators(seed, steps):
         for row in range(steps.shape[1]):
             keys[head, row] = mixed(second ^ mixed(np.uint32(steps[head, row]) + np.uint32(0x7F4A7C15)))
     return keys
+
+
+@njit(fastmath=FAST, cache=True)
+def _scale(sums, i, factor, target):
+    """target (64,) = factor * sums[i]; the largest."""
+    top = np.float32(-np.inf)
+    for j in range(KEYS):
+        score = factor * np.float32(sums[i, j])
+        target[j] = score
+        top = max(top, score)
+    return top
+
+
+@njit(fastmath=FAST, cache=True)
+def _largest(scores):
+    top = scores[0]
+    for j in range(1, KEYS):
+        top = max(top, scores[j])
+    return top
+
+
+@njit(fastmath=FAST, cache=True)
+def _weight(scores, top):
+    """The sum of exp(scores - top); no score (64,) is above top."""
+    total = np.float32(0.0)
+    for j in range(KEYS):
+        total += exp32(scores[j] - top)
+    return np.float64(total)
 
 
 @njit(parallel=True, cache=True)
@@ -60,37 +89,37 @@ def estimate(codes, words, tiles, slope, spans, threads, estimates, tops, totals
     tasks = g * rows * chunks
     for thread in prange(threads):
         sums = np.empty((QUERIES, KEYS), np.int32)
-        x, bits = np.empty(KEYS, np.float32), np.empty(KEYS, np.int32)
-        powers = bits.view(np.float32)
         for task in range(thread, tasks, threads):
             head, row, chunk = task // (rows * chunks), task // chunks % rows, task % chunks
             start, stop = spans[head, row]
             first, last = max(start // KEYS, chunk * BLOCKS), min((stop + KEYS - 1) // KEYS, (chunk + 1) * BLOCKS)
             tops[head, row, chunk], totals[head, row, chunk] = -np.inf, 0.0
             for block in range(first, last):
+                whole = start <= block * KEYS and (block + 1) * KEYS <= stop
                 for tile in range(per_row):
                     block_sums(codes[head], block, tiles[head], row * per_row + tile, words, sums)
                     for i in range(min(QUERIES, heads - tile * QUERIES)):
                         h = tile * QUERIES + i
-                        factor = np.float32(slope[head, row, h])
                         target = estimates[head, row, h, block * KEYS : (block + 1) * KEYS]
-                        for j in range(KEYS):
-                            target[j] = factor * np.float32(sums[i, j])
-                        for j in range(max(start - block * KEYS, 0)):
-                            target[j] = NONE
-                        for j in range(min(stop - block * KEYS, KEYS), KEYS):
-                            target[j] = NONE
-                        top = np.float32(tops[head, row, chunk, h])
-                        for j in range(KEYS):
-                            top = max(top, target[j])
-                        for j in range(KEYS):
-                            x[j] = target[j] - top
-                        exp_block(x, bits, powers)
-                        total = np.float32(0.0)
-                        for j in range(KEYS):
-                            total += powers[j]
-                        kept = totals[head, row, chunk, h] * np.exp(tops[head, row, chunk, h] - np.float64(top))
-                        tops[head, row, chunk, h], totals[head, row, chunk, h] = top, kept + total
+                        top = _scale(sums, i, np.float32(slope[head, row, h]), target)
+                        if not whole:
+                            target[: max(start - block * KEYS, 0)] = NONE
+                            target[max(min(stop - block * KEYS, KEYS), 0) :] = NONE
+                            top = _largest(target)
+                        if top > tops[head, row, chunk, h]:
+                            totals[head, row, chunk, h] *= np.exp(tops[head, row, chunk, h] - np.float64(top))
+                            tops[head, row, chunk, h] = top
+                        totals[head, row, chunk, h] += _weight(target, np.float32(tops[head, row, chunk, h]))
+
+
+@njit(fastmath=FAST, cache=True)
+def _expected(scores, threshold):
+    """How many of the scores (64,) reach the threshold, and the sum of exp(score - threshold) over the others."""
+    sure, total = np.int32(0), np.float32(0.0)
+    for j in range(KEYS):
+        sure += np.int32(scores[j] >= threshold)
+        total += exp32(min(scores[j] - threshold, np.float32(0.0)))
+    return sure, total - np.float32(sure)
 
 
 @njit(parallel=True, cache=True)
@@ -104,8 +133,6 @@ def expected(estimates, thresholds, spans, threads, certain, sampled):
     chunks = certain.shape[2]
     tasks = g * rows * chunks
     for thread in prange(threads):
-        x, bits = np.empty(KEYS, np.float32), np.empty(KEYS, np.int32)
-        powers = bits.view(np.float32)
         for task in range(thread, tasks, threads):
             head, row, chunk = task // (rows * chunks), task // chunks % rows, task % chunks
             start, stop = spans[head, row]
@@ -114,16 +141,37 @@ def expected(estimates, thresholds, spans, threads, certain, sampled):
             for h in range(heads):
                 threshold = np.float32(thresholds[head, row, h])
                 for block in range(first, last):
-                    source = estimates[head, row, h, block * KEYS : (block + 1) * KEYS]
-                    sure, total = 0, np.float32(0.0)
-                    for j in range(KEYS):
-                        sure += source[j] >= threshold
-                        x[j] = min(source[j] - threshold, np.float32(0.0))
-                    exp_block(x, bits, powers)
-                    for j in range(KEYS):
-                        total += powers[j]
+                    scores = estimates[head, row, h, block * KEYS : (block + 1) * KEYS]
+                    sure, chance = _expected(scores, threshold)
                     certain[head, row, chunk, h] += sure
-                    sampled[head, row, chunk, h] += total - sure
+                    sampled[head, row, chunk, h] += chance
+
+
+@njit(cache=True)
+def _raise(scores, threshold, x):
+    """x (64,): the largest of itself and ``scores - threshold``, at most 0."""
+    for j in range(KEYS):
+        x[j] = max(x[j], min(scores[j] - threshold, np.float32(0.0)))
+
+
+@njit(fastmath=FAST, cache=True)
+def _chances(x, counts):
+    """counts (64,) int32 = exp(x) in units of 2**-BITS, rounded up; their sum."""
+    total = np.int32(0)
+    for j in range(KEYS):
+        counts[j] = np.int32(np.ceil(exp32(x[j]) * np.float32(SURE)))
+        total += counts[j]
+    return total
+
+
+@njit(fastmath=FAST, cache=True)
+def _variance(counts):
+    """The sum of pi (1 - pi)."""
+    total = np.float32(0.0)
+    for j in range(KEYS):
+        pi = np.float32(counts[j]) * GRAIN
+        total += pi * (np.float32(1.0) - pi)
+    return np.float64(total)
 
 
 @njit(parallel=True, cache=True)
@@ -138,40 +186,32 @@ def draw(estimates, thresholds, spans, keys, systematic, threads, ids, pis, coun
     chunks = counts.shape[2]
     tasks = g * rows * chunks
     for thread in prange(threads):
-        x, bits = np.empty(KEYS, np.float32), np.empty(KEYS, np.int32)
-        powers = bits.view(np.float32)
+        x, chances = np.empty(KEYS, np.float32), np.empty(KEYS, np.int32)
         for task in range(thread, tasks, threads):
             head, row, chunk = task // (rows * chunks), task // chunks % rows, task % chunks
             start, stop = spans[head, row]
             first, last = max(start // KEYS, chunk * BLOCKS), min((stop + KEYS - 1) // KEYS, (chunk + 1) * BLOCKS)
+            report = ids[head, row], pis[head, row]
             place = chunk * CHUNK
             variances[head, row, chunk] = 0.0
             for block in range(first, last):
                 x[:] = np.float32(-np.inf)
                 for h in range(heads):
-                    threshold = np.float32(thresholds[head, row, h])
-                    source = estimates[head, row, h, block * KEYS : (block + 1) * KEYS]
-                    for j in range(KEYS):
-                        x[j] = max(x[j], source[j] - threshold)
-                for j in range(KEYS):
-                    x[j] = min(x[j], np.float32(0.0))
-                exp_block(x, bits, powers)
-                for j in range(max(start - block * KEYS, 0)):
-                    powers[j] = 0.0
-                for j in range(min(stop - block * KEYS, KEYS), KEYS):
-                    powers[j] = 0.0
-                total, variance = np.float32(0.0), np.float32(0.0)
-                for j in range(KEYS):
-                    total += powers[j]
-                    variance += powers[j] * (np.float32(1.0) - powers[j])
-                part = total - np.floor(total)
+                    scores = estimates[head, row, h, block * KEYS : (block + 1) * KEYS]
+                    _raise(scores, np.float32(thresholds[head, row, h]), x)
+                total = _chances(x, chances)
+                if block * KEYS < start or stop < (block + 1) * KEYS:
+                    chances[: max(start - block * KEYS, 0)] = 0
+                    chances[max(min(stop - block * KEYS, KEYS), 0) :] = 0
+                    total = chances.sum()
+                variance, part = _variance(chances), np.float64(total & (SURE - 1)) * GRAIN
                 variances[head, row, chunk, 0] += variance
-                variances[head, row, chunk, 1] += part * (np.float32(1.0) - part) if systematic else variance
-                report = ids[head, row], pis[head, row]
                 if systematic:
-                    place = _systematic(powers, total, keys[head, row], block, report, place)
+                    variances[head, row, chunk, 1] += part * (1.0 - part)
+                    place = _systematic(chances, total, keys[head, row], block, report, place)
                 else:
-                    place = _independent(powers, keys[head, row], block, report, place)
+                    variances[head, row, chunk, 1] += variance
+                    place = _independent(chances, keys[head, row], block, report, place)
             counts[head, row, chunk] = place - chunk * CHUNK
 
 
@@ -179,18 +219,17 @@ def draw(estimates, thresholds, spans, keys, systematic, threads, ids, pis, coun
 def _systematic(chances, total, key, block, report, place):
     """One random offset for a block: a key is drawn where the running sum of chances, ``total``, passes a whole number.
 
-    Returns the next place.
+    Returns the next place.  No branch depends on the numbers: a key that is not drawn is overwritten by the next.
     """
     ids, pis = report
-    running = uniform(key, block)
-    if running + total * ROOM < 1.0:
+    running = number(key, block)
+    if running + total < SURE:
         return place
     for j in range(KEYS):
-        running += np.float64(chances[j])
-        if running >= 1.0:
-            running -= 1.0
-            ids[place], pis[place] = block * KEYS + j, chances[j]
-            place += 1
+        running += chances[j]
+        ids[place], pis[place] = block * KEYS + j, np.float32(chances[j]) * GRAIN
+        place += running >> np.int32(BITS)
+        running &= SURE - np.int32(1)
     return place
 
 
@@ -199,7 +238,6 @@ def _independent(chances, key, block, report, place):
     """A random number per key: ``ln u_j <= ln pi_j`` is the lifted half-space itself."""
     ids, pis = report
     for j in range(KEYS):
-        if uniform(key, block * KEYS + j) <= np.float64(chances[j]):
-            ids[place], pis[place] = block * KEYS + j, chances[j]
-            place += 1
+        ids[place], pis[place] = block * KEYS + j, np.float32(chances[j]) * GRAIN
+        place += number(key, block * KEYS + j) < chances[j]
     return place

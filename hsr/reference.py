@@ -71,26 +71,29 @@ def estimate(codes: np.ndarray, words: tuple[int, ...], tiles: np.ndarray, slope
 
 
 def chances(estimates: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Estimates (G, n), thresholds (G,) -> pi (n,), the largest over heads of ``min(1, exp(estimate - threshold))``."""
-    return np.exp(np.minimum(estimates - thresholds[:, None], 0.0)).max(axis=0)
+    """Estimates (G, n), thresholds (G,) -> pi (n,), the largest over heads of ``min(1, exp(estimate - threshold))``.
+
+    Chances are rounded up to multiples of 2**-24, so that 24 random bits draw keys exactly that often.
+    """
+    return np.ceil(np.exp(np.minimum(estimates - thresholds[:, None], 0.0)).max(axis=0) * 2**24) / 2**24
 
 
-def uniform(key: int, counters: np.ndarray) -> np.ndarray:
-    """The numbers in (0, 1) of a uint32 generator key and counters (n,): MurmurHash3's finaliser of their mixture."""
+def numbers(key: int, counters: np.ndarray) -> np.ndarray:
+    """The numbers in [0, 1) of a uint32 generator key and counters (n,): 24 bits of MurmurHash3's finaliser."""
     x = (counters.astype(np.uint64) * np.uint64(0x9E3779B1)).astype(np.uint32) ^ np.uint32(key)
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return ((x ^ (x >> np.uint32(16))).astype(np.float64) + 0.5) * 2.0**-32
+    return ((x ^ (x >> np.uint32(16))) >> np.uint32(8)).astype(np.float64) / 2**24
 
 
 def draw(pis: np.ndarray, key: int, systematic: bool) -> np.ndarray:
     """pi (n,) -> the keys drawn, ascending: with a number each, or with one for every 64."""
     if not systematic:
-        return np.flatnonzero(uniform(key, np.arange(len(pis))) <= pis)
+        return np.flatnonzero(numbers(key, np.arange(len(pis))) < pis)
     blocks = [pis[first : first + 64] for first in range(0, len(pis), 64)]
     passed = [
         np.floor(np.cumsum(block) + offset)
-        for block, offset in zip(blocks, uniform(key, np.arange(len(blocks))), strict=True)
+        for block, offset in zip(blocks, numbers(key, np.arange(len(blocks))), strict=True)
     ]
     return np.flatnonzero(np.concatenate([np.diff(sums, prepend=0.0) for sums in passed]))
 

@@ -26,6 +26,14 @@ so a key can reach the threshold only if the integer ``<a, code>`` reaches a bou
 (``least``, found together with the leaf's other bounds): one comparison a key.  The few that pass are decided by the
 exact test of `hsr.exact`, on the copies of the keys.
 
+Cost.  Proven: a query judges every node at most once, 16/15 n / LEAF bounds, and reads each key at most twice, O(n + d)
+whatever the keys; no bound below n holds for boxes, whose keys on a sphere a half-space can all touch.  Measured
+(benchmarks/results/scaling.json; Gaussian keys, k = 64, n = 2**14 .. 2**20): nodes and keys grow as n^0.07 at d = 2,
+n^0.10 at d = 3, n^0.20 at d = 4, n^0.41 at d = 8 and n at d = 64; other keys are in tree-data.json.  For d = 3 the
+paper has O(log n + k) from shallow cuttings (Afshani and Chan 2009).  They are not built here: their constant is that
+of O(log n) levels of point location in overlapping lists, with exact predicates of degree 3, to win against less than a
+thousand judged nodes, 16 at a time.
+
 Rounding.  Half widths and the largest ``|k - c|^2`` are pushed up by more than the rounding of keys, queries and
 float32 sums can contribute (`relative_rounding`); so is ``least`` pushed down, by that share of the query's norm times
 ``reach``, the norm of the leaf's farthest corner, and by what computing it rounds.

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention import DecodeSession, Dense, Result, Sampled, Softmax, decode, prefill, sampled
+from attention.coded import Attended
 from attention.reference import attend_weighted, dense
 from attention.values import Values
 from hsr import ArgumentError, HSRIndex
@@ -141,14 +142,14 @@ def test_every_row_is_the_reference_over_its_draw(case: tuple[Problem, Sampled])
 def test_moments_are_those_of_the_reference() -> None:
     problem = like_heads(2, 3, 2, 1000)
     policy, kept = Sampled(budget=60, sinks=2, recent=10), []
-    real = sampled.Sampled._certify
+    real = Sampled.certificate
 
-    def certify(self: Sampled, output: np.ndarray, lse: np.ndarray, moments: np.ndarray, *rest: Any) -> Any:
-        kept.append(moments)
-        return real(self, output, lse, moments, *rest)
+    def certificate(self: Sampled, attended: Attended, *rest: Any) -> Any:
+        kept.append(attended.moments)
+        return real(self, attended, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampled.Sampled, "_certify", certify)
+        patch.setattr(Sampled, "certificate", certificate)
         _, drawn = watched(lambda: DecodeSession(problem.k, problem.v, policy=policy).attend(problem.q))
     centre = Values(problem.v).centre
     for h, row in np.ndindex(6, 2):
@@ -156,7 +157,7 @@ def test_moments_are_those_of_the_reference() -> None:
         query, excess = problem.q[h, row][None], drawn.excess(h // 3, row)
         keys, values = problem.k[h // 3, ids], problem.v[h // 3, ids]
         wanted = attend_weighted(query, keys, values, pis, centre[h // 3], excess, 32**-0.5)[2][0]
-        assert np.allclose(kept[0][h, row, :3], wanted, rtol=1e-4)
+        assert np.allclose(kept[0][h, row], wanted, rtol=1e-4)
 
 
 def test_causal_rows_see_their_own_keys_only() -> None:
@@ -276,15 +277,13 @@ def test_an_index_that_lost_keys_is_refused() -> None:
     problem = like_heads(1, 1, 1, 200)
     session = DecodeSession(problem.k, problem.v, policy=Sampled(eps=0.1))
     session.evict([3])
-    with pytest.raises(
-        ArgumentError, match="Sampled needs an index from which nothing was deleted; got one that lost 1"
-    ):
+    with pytest.raises(ArgumentError, match="codes need an index from which nothing was deleted; got one that lost 1"):
         session.attend(problem.q)
 
 
 def test_scores_that_no_estimate_can_hold_are_refused() -> None:
     k = np.full((1, 100, 2), 1e100)
-    with pytest.raises(ArgumentError, match=r"q and k must have scaled scores below 1e\+20 for Sampled"):
+    with pytest.raises(ArgumentError, match=r"q and k must have scaled scores below 1e\+20 for codes"):
         decode(k[:, :1], HSRIndex(k), k, policy=Sampled(eps=0.1))
 
 

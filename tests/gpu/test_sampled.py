@@ -15,7 +15,7 @@ from gpu import planes  # noqa: E402
 from gpu.sampled import Draws, SampledCache  # noqa: E402
 from hsr.backend import choose  # noqa: E402
 from hsr.errors import ArgumentError, BackendUnavailable  # noqa: E402
-from hsr.lifted_numba import generators, uniform  # noqa: E402
+from hsr.lifted_numba import generators, number  # noqa: E402
 
 pytestmark = [  # of the interpreter: numpy computes masked lanes too, and takes arrays of one element for scalars
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -140,11 +140,11 @@ def test_the_scan_draws_what_its_scores_say(systematic, d, row):
     keys = generators(7, np.full((2, 1), n))[:, 0]
     for head in range(2):
         if systematic:
-            u = torch.tensor([int(uniform(keys[head], block) * 2**24) for block in range(cache.room // 64)])
+            u = torch.tensor([number(keys[head], block) for block in range(cache.room // 64)])
             after = chance[head].reshape(-1, 64).cumsum(1) + u[:, None]
             drawn = ((after >> 24) > ((after - chance[head].reshape(-1, 64)) >> 24)).flatten()
         else:
-            u = torch.tensor([int(uniform(keys[head], j) * 2**24) for j in range(cache.room)])
+            u = torch.tensor([number(keys[head], j) for j in range(cache.room)])
             drawn = u < chance[head]
         count = int(cache.counts[head, 0])
         entries = cache.drawn[head, :count].cpu()

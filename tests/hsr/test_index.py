@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hsr import ArgumentError, BackendUnavailable, HSRIndex, methods
+from hsr.backend import named
 from hsr.reference import topk as reference_topk
 from tests.assertions import assert_reports
 from tests.strategies import DTYPES, cases, served
@@ -245,6 +246,7 @@ def test_auto_chooses_by_measurement_and_says_why(shape: tuple[int, int], method
     assert explained["method"] == method
     assert all(any(c.isdigit() for c in reason) for reason in explained["reasons"])
     assert explained["keys"] == (1, *shape)
+    assert explained["work"] == named("build", method).work != ""
     assert explained["index_bytes_per_key"] < explained["key_bytes_per_key"] * 3
 
 
