@@ -47,8 +47,8 @@ class Shape(NamedTuple):
 SHAPES = {"llama-3.1-8b": Shape(8, 4, 2), "smollm2-135m": Shape(3, 3, 1)}
 DTYPES = ("float32", "bfloat16")
 SETTINGS: Mapping[str, Callable[[int], Iterator[Policy | Sampled]]] = {  # from the cheapest on, by the number of keys
-    "sampled-32B": lambda n: (Sampled(eps=0.05 * 0.8**i, bytes_per_key=32) for i in range(16)),
-    "sampled-16B": lambda n: (Sampled(eps=0.05 * 0.8**i, bytes_per_key=16) for i in range(16)),
+    "sampled-32B": lambda n: (Sampled(eps=0.05 * 0.93**i, bytes_per_key=32) for i in range(48)),
+    "sampled-16B": lambda n: (Sampled(eps=0.05 * 0.93**i, bytes_per_key=16) for i in range(48)),
     "topr": lambda n: (TopR(r) for r in (64 << i for i in range(12)) if r < n),
     "certified": lambda n: (Certified(eps) for eps in (0.5, 0.3, 0.1, 0.03, 0.01)),
 }

@@ -43,6 +43,11 @@ class Layout:
         return BYTES * sum(self.words)
 
     @property
+    def shift(self) -> int:
+        """Last bits that a sum of codes times int8 loses to become int16: less than what rounding a query loses."""
+        return max(0, (127 * int((2**self.bits - 1).sum())).bit_length() - 15)
+
+    @property
     def bits(self) -> np.ndarray:
         """Bits of each coded axis: (axes,) int64, axes a multiple of 4, those beyond the keys' width being padding."""
         axes = [BYTES * 8 // width * count for count, width in zip(self.words, WIDTHS, strict=True)]

@@ -136,28 +136,32 @@ class Lifted:
         counts, variances = np.zeros((g, rows, chunks), np.int64), np.zeros((g, rows, chunks, 2))
         if not chunks:
             return Draw(ids, pis, counts, variances.sum(axis=2), known)
-        lse, base = self._estimate(queries, spans, estimates)
+        lse, base, unit = self._estimate(queries, spans, estimates)
         if eps is not None:
             thresholds = np.logaddexp(lse, known - base) + 2 * np.log(eps)
         else:
-            thresholds = _spend(estimates, spans, lse, float(budget or 0))
+            thresholds = _spend(estimates, unit, spans, lse, float(budget or 0))
         lifted_numba.draw(
-            estimates, thresholds, spans, generators, systematic, get_num_threads(), ids, pis, counts, variances
+            estimates, unit, thresholds, spans, generators, systematic, get_num_threads(), ids, pis, counts, variances
         )
         return Draw(ids, pis, counts, variances.sum(axis=2), thresholds + base)
 
-    def _estimate(self, queries: np.ndarray, spans: np.ndarray, estimates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Fill estimates (g, rows, G, n) of lifted scores less their base; their log-sum-exp and base (g, rows, G)."""
+    def _estimate(
+        self, queries: np.ndarray, spans: np.ndarray, estimates: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Fill estimates (g, rows, G, n) of lifted scores less base; their log-sum-exp, base and unit (g, rows, G)."""
         g, rows, heads, n = estimates.shape
         asked = np.zeros((g, rows, -(-heads // QUERIES) * QUERIES, queries.shape[3] + 1))  # whole tiles
         asked[:, :, :heads] = self._asked(queries)
         coded = self.coder.prepare(asked.reshape(g, -1, asked.shape[3]))
         slope, base = (part.reshape(asked.shape[:3])[..., :heads] for part in (coded.sigma, coded.base))
         tops, totals = np.empty((2, g, rows, -(-n // CHUNK), heads))
-        words = np.array(self.coder.layout.words)
-        lifted_numba.estimate(self._codes, words, coded.tiles, slope, spans, get_num_threads(), estimates, tops, totals)
+        words, shift = np.array(self.coder.layout.words), self.coder.layout.shift
+        lifted_numba.estimate(
+            self._codes, words, coded.tiles, slope, shift, spans, get_num_threads(), estimates, tops, totals
+        )
         with np.errstate(divide="ignore"):
-            return np.logaddexp.reduce(tops + np.log(totals), axis=2), base
+            return np.logaddexp.reduce(tops + np.log(totals), axis=2), base, slope * 2.0**shift
 
     def _fit(self, keys: np.ndarray, lift: np.ndarray) -> None:
         coded = slice(0, keys.shape[1] // KEYS * KEYS)
@@ -206,10 +210,10 @@ class Lifted:
         self._blocks = total
 
 
-def _spend(estimates: np.ndarray, spans: np.ndarray, lse: np.ndarray, budget: float) -> np.ndarray:
+def _spend(estimates: np.ndarray, unit: np.ndarray, spans: np.ndarray, lse: np.ndarray, budget: float) -> np.ndarray:
     """Thresholds (g, rows, G) that report ``budget`` keys on average.
 
-    estimates (g, rows, G, n), their log-sum-exp (g, rows, G).  A row with no more keys than that reports them all.
+    estimates (g, rows, G, n), their unit and log-sum-exp (g, rows, G).  A row with no more keys than that reports all.
     Steps that would be exact if no further key became certain come from above and never overshoot; where many do become
     certain, steps are lengthened until they overshoot, and the rest is bisection.
     """
@@ -219,7 +223,7 @@ def _spend(estimates: np.ndarray, spans: np.ndarray, lse: np.ndarray, budget: fl
     low, thresholds = np.full_like(high, -np.inf), high
     certain, sampled = np.empty((2, g, rows, -(-n // CHUNK), heads))
     for trial in range(ROUNDS):
-        lifted_numba.expected(estimates, thresholds, spans, get_num_threads(), certain, sampled)
+        lifted_numba.expected(estimates, unit, thresholds, spans, get_num_threads(), certain, sampled)
         sure, chance = certain.sum(axis=2), sampled.sum(axis=2)
         over = (sure + chance > budget * (1 + SLACK)) & (keys > budget)
         short = sure + chance < (1 - SLACK) * np.minimum(budget, keys)
@@ -237,13 +241,13 @@ class _Scratch:
     """Buffers that live from draw to draw, so that a steady state allocates nothing large."""
 
     def __init__(self) -> None:
-        self._estimates, self._ids, self._pis = np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.float32)
+        self._estimates, self._ids, self._pis = np.empty(0, np.int16), np.empty(0, np.int32), np.empty(0, np.float32)
 
     def of(self, g: int, rows: int, heads: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Estimates (g, rows, G, n), ids (g, rows, n), pis (g, rows, n), contents arbitrary."""
         size = g * rows * n
         if size * heads > len(self._estimates):
-            self._estimates = np.empty(5 * size * heads // 4, np.float32)
+            self._estimates = np.empty(5 * size * heads // 4, np.int16)
         if size > len(self._ids):
             self._ids, self._pis = np.empty(5 * size // 4, np.int32), np.empty(5 * size // 4, np.float32)
         return (

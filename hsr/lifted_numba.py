@@ -1,8 +1,11 @@
 """Estimating the scores of coded keys and drawing a sample by them, on the CPU; `hsr.lifted` has the meaning.
 
-Scores lie in scratch that the caller keeps: estimates (g, rows, G, n) float32 without their query's base, which may be
-much larger than their spread.  Work is cut into tasks of CHUNK keys, dealt out to the threads in turn, because heads
-and stretches of a text differ in how many keys they report.
+Scores lie in scratch that the caller keeps: estimates (g, rows, G, n) int16, in multiples of their query's ``unit`` and
+without its base, which may be much larger than their spread.  Work is cut into tasks of CHUNK keys, dealt out to the
+threads in turn, because heads and stretches of a text differ in how many keys they report.
+
+Loops over a block's keys are spelled out, and in functions of their own: sums and largest values become vector
+instructions there, and a call with array arguments for every block would count references, which takes longer than one.
 """
 
 from __future__ import annotations
@@ -10,15 +13,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from hsr.coded_scan import KEYS, QUERIES, block_sums
+from hsr.coded_scan import BYTES, KEYS, QUERIES, block_sums
 from hsr.exp_block import FAST, exp32
+from hsr.prefetch import prefetch_bytes
 
 CHUNK = 2048  # keys in a task
 BLOCKS = CHUNK // KEYS
-NONE = np.float32(-1e30)  # the estimate of a key that is not up for sampling
 BITS = 24  # chances are multiples of 2**-BITS, which float32 holds and int32 adds exactly
 SURE = np.int32(1 << BITS)
 GRAIN = np.float32(2.0**-BITS)
+AHEAD = 4  # blocks whose codes are asked for before they are read
+LEAST = np.int32(-(2**31))
+FAR = np.float32(-1e30)
 
 
 @njit(cache=True)
@@ -49,85 +55,87 @@ def generators(seed, steps):
 
 
 @njit(fastmath=FAST, cache=True)
-def _scale(sums, i, factor, target):
-    """target (64,) = factor * sums[i]; the largest."""
-    top = np.float32(-np.inf)
-    for j in range(KEYS):
-        score = factor * np.float32(sums[i, j])
-        target[j] = score
-        top = max(top, score)
-    return top
-
-
-@njit(fastmath=FAST, cache=True)
-def _largest(scores):
-    top = scores[0]
-    for j in range(1, KEYS):
-        top = max(top, scores[j])
-    return top
-
-
-@njit(fastmath=FAST, cache=True)
-def _weight(scores, top):
-    """The sum of exp(scores - top); no score (64,) is above top."""
-    total = np.float32(0.0)
-    for j in range(KEYS):
-        total += exp32(scores[j] - top)
-    return np.float64(total)
+def _estimate(codes, words, tiles, factors, shift, span, estimates, tops, totals):
+    """The part of `estimate` that is one task's: of one row, the keys of span (first and last + 1)."""
+    start, stop = span
+    half = np.int32((1 << shift) >> 1)
+    codes_at, width = np.uintp(codes.ctypes.data), codes.shape[1] * KEYS * BYTES
+    sums = np.empty((QUERIES, KEYS), np.int32)  # made here, so that the compiler knows that it overlaps nothing
+    for h in range(len(factors)):
+        tops[h], totals[h] = LEAST, 0.0
+    for block in range(start // KEYS, (stop + KEYS - 1) // KEYS):
+        begin, end = max(start - block * KEYS, 0), min(stop - block * KEYS, KEYS)
+        outside = np.int32(KEYS - (end - begin))
+        place = np.uint64(block * KEYS)  # an index that may be negative would be tested for every key
+        prefetch_bytes(codes_at + np.uintp((block + AHEAD) * width), width)
+        for tile in range(len(tiles)):
+            block_sums(codes, block, tiles, tile, words, sums)
+            for i in range(min(QUERIES, len(factors) - tile * QUERIES)):
+                h = tile * QUERIES + i
+                if outside > 0:
+                    sums[i, :begin], sums[i, end:] = LEAST, LEAST
+                best = LEAST
+                for j in range(KEYS):
+                    estimates[h, place + np.uint64(j)] = (sums[i, j] + half) >> np.int32(shift)
+                    best = max(best, sums[i, j])
+                if best > tops[h]:
+                    totals[h] *= np.exp(np.float64(factors[h]) * (np.float64(tops[h]) - np.float64(best)))
+                    tops[h] = best
+                if outside > 0:  # each adds exactly 1, which is taken off
+                    sums[i, :begin], sums[i, end:] = tops[h], tops[h]
+                factor, best, total = factors[h], tops[h], np.float32(0.0)
+                for j in range(KEYS):
+                    total += exp32(factor * np.float32(sums[i, j] - best))
+                totals[h] += total - np.float32(outside)
 
 
 @njit(parallel=True, cache=True)
-def estimate(codes, words, tiles, slope, spans, threads, estimates, tops, totals):
+def estimate(codes, words, tiles, slope, shift, spans, threads, estimates, tops, totals):
     """Fill estimates, and per task their largest (tops) and the sum of exponentials relative to it (totals).
 
-    codes (g, blocks, words, 64, 4), tiles (g, rows * tiles a row, 4, planes, 4), slope (g, rows, G) float64,
-    spans (g, rows, 2) int64: the keys up for sampling; tops, totals (g, rows, chunks, G) float64.
+    codes (g, blocks, words, 64, 4), tiles (g, rows * tiles a row, 4, planes, 4), slope (g, rows, G) float64, the score
+    of a sum of 1, whose last ``shift`` bits are not kept; spans (g, rows, 2) int64: the keys up for sampling, of others
+    estimates mean nothing; tops, totals (g, rows, chunks, G) float64.
     """
     g, rows, heads = slope.shape
     chunks = tops.shape[2]
     per_row = (heads + QUERIES - 1) // QUERIES
     tasks = g * rows * chunks
     for thread in prange(threads):
-        sums = np.empty((QUERIES, KEYS), np.int32)
+        factors, best = np.empty(heads, np.float32), np.empty(heads, np.int32)
         for task in range(thread, tasks, threads):
             head, row, chunk = task // (rows * chunks), task // chunks % rows, task % chunks
-            start, stop = spans[head, row]
-            first, last = max(start // KEYS, chunk * BLOCKS), min((stop + KEYS - 1) // KEYS, (chunk + 1) * BLOCKS)
-            tops[head, row, chunk], totals[head, row, chunk] = -np.inf, 0.0
-            for block in range(first, last):
-                whole = start <= block * KEYS and (block + 1) * KEYS <= stop
-                for tile in range(per_row):
-                    block_sums(codes[head], block, tiles[head], row * per_row + tile, words, sums)
-                    for i in range(min(QUERIES, heads - tile * QUERIES)):
-                        h = tile * QUERIES + i
-                        target = estimates[head, row, h, block * KEYS : (block + 1) * KEYS]
-                        top = _scale(sums, i, np.float32(slope[head, row, h]), target)
-                        if not whole:
-                            target[: max(start - block * KEYS, 0)] = NONE
-                            target[max(min(stop - block * KEYS, KEYS), 0) :] = NONE
-                            top = _largest(target)
-                        if top > tops[head, row, chunk, h]:
-                            totals[head, row, chunk, h] *= np.exp(tops[head, row, chunk, h] - np.float64(top))
-                            tops[head, row, chunk, h] = top
-                        totals[head, row, chunk, h] += _weight(target, np.float32(tops[head, row, chunk, h]))
+            span = max(spans[head, row, 0], chunk * CHUNK), min(spans[head, row, 1], (chunk + 1) * CHUNK)
+            factors[:] = slope[head, row]
+            asked = tiles[head, row * per_row : (row + 1) * per_row]
+            total = totals[head, row, chunk]
+            _estimate(codes[head], words, asked, factors, shift, span, estimates[head, row], best, total)
+            for h in range(heads):
+                top = np.float64(factors[h]) * np.float64(best[h])
+                tops[head, row, chunk, h] = top if span[0] < span[1] else -np.inf
 
 
 @njit(fastmath=FAST, cache=True)
-def _expected(scores, threshold):
-    """How many of the scores (64,) reach the threshold, and the sum of exp(score - threshold) over the others."""
-    sure, total = np.int32(0), np.float32(0.0)
-    for j in range(KEYS):
-        sure += np.int32(scores[j] >= threshold)
-        total += exp32(min(scores[j] - threshold, np.float32(0.0)))
-    return sure, total - np.float32(sure)
+def _expected(estimates, unit, threshold, span):
+    """How many estimates (n,) of the span reach the threshold; the sum of exp(score - threshold) over the others."""
+    certain = sampled = 0.0
+    for first in range(span[0], span[1], KEYS):
+        sure, total = np.int32(0), np.float32(0.0)
+        for j in range(np.uint64(first), np.uint64(min(first + KEYS, span[1]))):
+            off = unit * np.float32(estimates[j]) - threshold
+            sure += np.int32(off >= 0)
+            total += exp32(min(off, np.float32(0.0)))
+        certain += sure
+        sampled += total - np.float32(sure)
+    return certain, sampled
 
 
 @njit(parallel=True, cache=True)
-def expected(estimates, thresholds, spans, threads, certain, sampled):
+def expected(estimates, unit, thresholds, spans, threads, certain, sampled):
     """How many keys the thresholds (g, rows, G) report for sure, and how many more on average.
 
-    Fills certain, sampled (g, rows, chunks, G) float64: the keys at or above the threshold, and the sum of
-    ``exp(estimate - threshold)`` over those below.
+    unit (g, rows, G); fills certain, sampled (g, rows, chunks, G) float64: the keys at or above the threshold, and the
+    sum of ``exp(estimate - threshold)`` over those below.
     """
     g, rows, heads, _ = estimates.shape
     chunks = certain.shape[2]
@@ -135,109 +143,79 @@ def expected(estimates, thresholds, spans, threads, certain, sampled):
     for thread in prange(threads):
         for task in range(thread, tasks, threads):
             head, row, chunk = task // (rows * chunks), task // chunks % rows, task % chunks
-            start, stop = spans[head, row]
-            first, last = max(start // KEYS, chunk * BLOCKS), min((stop + KEYS - 1) // KEYS, (chunk + 1) * BLOCKS)
-            certain[head, row, chunk], sampled[head, row, chunk] = 0.0, 0.0
+            span = max(spans[head, row, 0], chunk * CHUNK), min(spans[head, row, 1], (chunk + 1) * CHUNK)
             for h in range(heads):
-                threshold = np.float32(thresholds[head, row, h])
-                for block in range(first, last):
-                    scores = estimates[head, row, h, block * KEYS : (block + 1) * KEYS]
-                    sure, chance = _expected(scores, threshold)
-                    certain[head, row, chunk, h] += sure
-                    sampled[head, row, chunk, h] += chance
-
-
-@njit(cache=True)
-def _raise(scores, threshold, x):
-    """x (64,): the largest of itself and ``scores - threshold``, at most 0."""
-    for j in range(KEYS):
-        x[j] = max(x[j], min(scores[j] - threshold, np.float32(0.0)))
+                rate, threshold = np.float32(unit[head, row, h]), np.float32(thresholds[head, row, h])
+                found = _expected(estimates[head, row, h], rate, threshold, span)
+                certain[head, row, chunk, h], sampled[head, row, chunk, h] = found
 
 
 @njit(fastmath=FAST, cache=True)
-def _chances(x, counts):
-    """counts (64,) int32 = exp(x) in units of 2**-BITS, rounded up; their sum."""
-    total = np.int32(0)
-    for j in range(KEYS):
-        counts[j] = np.int32(np.ceil(exp32(x[j]) * np.float32(SURE)))
-        total += counts[j]
-    return total
+def _draw(estimates, units, thresholds, span, key, systematic, ids, pis, place):
+    """The part of `draw` that is one task's -> how many keys are drawn, the variances of their number.
 
-
-@njit(fastmath=FAST, cache=True)
-def _variance(counts):
-    """The sum of pi (1 - pi)."""
-    total = np.float32(0.0)
-    for j in range(KEYS):
-        pi = np.float32(counts[j]) * GRAIN
-        total += pi * (np.float32(1.0) - pi)
-    return np.float64(total)
+    No branch depends on the numbers: a key that is not drawn is overwritten by the next.
+    """
+    start, stop = span
+    first, independent, real = place, 0.0, 0.0
+    x, chances = np.empty(KEYS, np.float32), np.empty(KEYS, np.int32)
+    for block in range(start // KEYS, (stop + KEYS - 1) // KEYS):
+        origin = np.uint64(block * KEYS)  # an index that may be negative would be tested for every key
+        for j in range(KEYS):
+            x[j] = FAR
+        for h in range(len(units)):
+            for j in range(KEYS):
+                x[j] = max(x[j], units[h] * np.float32(estimates[h, origin + np.uint64(j)]) - thresholds[h])
+        for j in range(KEYS):
+            chances[j] = np.int32(np.ceil(exp32(min(x[j], np.float32(0.0))) * np.float32(SURE)))
+        if block * KEYS < start or stop < (block + 1) * KEYS:
+            chances[: max(start - block * KEYS, 0)] = 0
+            chances[max(min(stop - block * KEYS, KEYS), 0) :] = 0
+        total, variance = np.int32(0), np.float32(0.0)
+        for j in range(KEYS):
+            pi = np.float32(chances[j]) * GRAIN
+            x[j] = pi
+            total += chances[j]
+            variance += pi * (np.float32(1.0) - pi)
+        independent += variance
+        if systematic:
+            part = np.float64(total & (SURE - 1)) * GRAIN
+            real += part * (1.0 - part)
+            running = number(key, block)
+            for j in range(KEYS if running + total >= SURE else 0):
+                running += chances[j]
+                ids[place], pis[place] = block * KEYS + j, x[j]
+                place += running >> np.int32(BITS)
+                running &= SURE - np.int32(1)
+        else:
+            real += variance
+            for j in range(KEYS):
+                ids[place], pis[place] = block * KEYS + j, x[j]
+                place += number(key, block * KEYS + j) < chances[j]
+    return place - first, independent, real
 
 
 @njit(parallel=True, cache=True)
-def draw(estimates, thresholds, spans, keys, systematic, threads, ids, pis, counts, variances):
+def draw(estimates, unit, thresholds, spans, keys, systematic, threads, ids, pis, counts, variances):
     """Report the keys of the lifted half-spaces, one list for the G heads of a row.
 
-    thresholds (g, rows, G) float64, keys (g, rows) uint32 of the generator; fills ids (g, rows, n) int32 and pis
+    unit, thresholds (g, rows, G) float64, keys (g, rows) uint32 of the generator; fills ids (g, rows, n) int32 and pis
     (g, rows, n) float32 from the start of each chunk on, counts (g, rows, chunks) int64, and variances (g, rows,
     chunks, 2) of the number drawn: what it would be for independent draws, and what it is.
+
+    Systematic: one random offset for a block, and a key is drawn where the running sum of chances passes a whole
+    number.  Independent: a random number per key, ``ln u_j < ln pi_j`` being the lifted half-space itself.
     """
     g, rows, heads, _ = estimates.shape
     chunks = counts.shape[2]
     tasks = g * rows * chunks
     for thread in prange(threads):
-        x, chances = np.empty(KEYS, np.float32), np.empty(KEYS, np.int32)
+        units, lows = np.empty((2, heads), np.float32)
         for task in range(thread, tasks, threads):
             head, row, chunk = task // (rows * chunks), task // chunks % rows, task % chunks
-            start, stop = spans[head, row]
-            first, last = max(start // KEYS, chunk * BLOCKS), min((stop + KEYS - 1) // KEYS, (chunk + 1) * BLOCKS)
-            report = ids[head, row], pis[head, row]
-            place = chunk * CHUNK
-            variances[head, row, chunk] = 0.0
-            for block in range(first, last):
-                x[:] = np.float32(-np.inf)
-                for h in range(heads):
-                    scores = estimates[head, row, h, block * KEYS : (block + 1) * KEYS]
-                    _raise(scores, np.float32(thresholds[head, row, h]), x)
-                total = _chances(x, chances)
-                if block * KEYS < start or stop < (block + 1) * KEYS:
-                    chances[: max(start - block * KEYS, 0)] = 0
-                    chances[max(min(stop - block * KEYS, KEYS), 0) :] = 0
-                    total = chances.sum()
-                variance, part = _variance(chances), np.float64(total & (SURE - 1)) * GRAIN
-                variances[head, row, chunk, 0] += variance
-                if systematic:
-                    variances[head, row, chunk, 1] += part * (1.0 - part)
-                    place = _systematic(chances, total, keys[head, row], block, report, place)
-                else:
-                    variances[head, row, chunk, 1] += variance
-                    place = _independent(chances, keys[head, row], block, report, place)
-            counts[head, row, chunk] = place - chunk * CHUNK
-
-
-@njit(cache=True)
-def _systematic(chances, total, key, block, report, place):
-    """One random offset for a block: a key is drawn where the running sum of chances, ``total``, passes a whole number.
-
-    Returns the next place.  No branch depends on the numbers: a key that is not drawn is overwritten by the next.
-    """
-    ids, pis = report
-    running = number(key, block)
-    if running + total < SURE:
-        return place
-    for j in range(KEYS):
-        running += chances[j]
-        ids[place], pis[place] = block * KEYS + j, np.float32(chances[j]) * GRAIN
-        place += running >> np.int32(BITS)
-        running &= SURE - np.int32(1)
-    return place
-
-
-@njit(cache=True)
-def _independent(chances, key, block, report, place):
-    """A random number per key: ``ln u_j <= ln pi_j`` is the lifted half-space itself."""
-    ids, pis = report
-    for j in range(KEYS):
-        ids[place], pis[place] = block * KEYS + j, np.float32(chances[j]) * GRAIN
-        place += number(key, block * KEYS + j) < chances[j]
-    return place
+            span = max(spans[head, row, 0], chunk * CHUNK), min(spans[head, row, 1], (chunk + 1) * CHUNK)
+            units[:], lows[:] = unit[head, row], thresholds[head, row]
+            given = estimates[head, row], units, lows, span, keys[head, row], systematic
+            found = _draw(*given, ids[head, row], pis[head, row], chunk * CHUNK)
+            counts[head, row, chunk] = found[0]
+            variances[head, row, chunk, 0], variances[head, row, chunk, 1] = found[1], found[2]

@@ -91,13 +91,13 @@ def by_reference(case: Case) -> Sample:
 def by_kernel(case: Case) -> Sample:
     """`hsr.lifted_numba.draw`: the pi of every key, as it is reported with it in one of many draws."""
     heads, n = case.estimates.shape
-    estimates = np.zeros((1, ROWS, heads, 64), np.float32)
-    estimates[..., :n] = case.estimates * math.log(2)
+    estimates, unit = np.zeros((1, ROWS, heads, 64), np.int16), np.full((1, ROWS, heads), math.log(2))
+    estimates[..., :n] = case.estimates
     thresholds = np.broadcast_to(case.thresholds * math.log(2), (1, ROWS, heads)).copy()
     spans, keys = np.tile([0, n], (1, ROWS, 1)), lifted_numba.generators(0, np.arange(ROWS)[None])
     ids, pis = np.empty((1, ROWS, 64), np.int32), np.empty((1, ROWS, 64), np.float32)
     counts, variances = np.empty((1, ROWS, 1), np.int64), np.empty((1, ROWS, 1, 2))
-    lifted_numba.draw(estimates, thresholds, spans, keys, False, 1, ids, pis, counts, variances)
+    lifted_numba.draw(estimates, unit, thresholds, spans, keys, False, 1, ids, pis, counts, variances)
     found = np.full(n, np.nan)
     for row in range(ROWS):
         report = slice(0, counts[0, row, 0])
