@@ -86,7 +86,7 @@ def attend(policy: Coded, visible: Visible, values: Values) -> Result:
     if index.alive < index.n:
         gone = index.n - index.alive
         raise ArgumentError(f"codes need an index from which nothing was deleted; got one that lost {gone} keys")
-    error = visible.score_error()
+    error = visible.score_error
     if error.max(initial=0.0) > LARGEST * UNIT:
         raise ArgumentError(f"q and k must have scaled scores below {LARGEST:.0e} for codes; got larger ones")
     rows = visible.queries.reshape(index.heads, h // index.heads, m, d).transpose(0, 2, 1, 3)  # (g, m, G, d)

@@ -74,7 +74,7 @@ class Plan:
         scale = self._scale(index)
         queries = _checked(q, index).astype(np.float64)
         visible = Visible(index, q, queries, limits, scale)
-        error = visible.score_error()
+        error = visible.score_error
         if not np.isfinite(error).all():
             raise ArgumentError("q and k must have scores within float64; got products that overflow it")
         if is_coded(self.policy):

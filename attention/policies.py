@@ -185,7 +185,7 @@ class Certified:
         living, scale = visible.held.living, visible.scale
         floor = lse_floor(visible.held, visible.queries, scale, self.sinks, self.recent, self.spread)
         with np.errstate(divide="ignore"):
-            threshold = floor - visible.score_error() + np.log(self.eps / np.maximum(living, 1))
+            threshold = floor - visible.score_error + np.log(self.eps / np.maximum(living, 1))
         report = visible.index.query(visible.q, threshold / scale, prefix=visible.limits)
         return Selection(report, _log_tail(visible, report, threshold), "deterministic")
 
@@ -197,4 +197,4 @@ class Certified:
 def _log_tail(visible: Visible, report: Report, highest: np.ndarray) -> np.ndarray:
     """ln of (visible keys not reported) exp(highest scaled score any of them can have)."""
     with np.errstate(divide="ignore"):
-        return np.log(visible.held.living - report.counts) + (highest + 2 * visible.score_error())
+        return np.log(visible.held.living - report.counts) + (highest + 2 * visible.score_error)

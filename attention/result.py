@@ -91,6 +91,8 @@ class Result:
 
 def joined(results: Sequence[Result]) -> Result:
     """Results of leading shape (h, m) over consecutive rows -> one."""
+    if len(results) == 1:
+        return results[0]
     return _mapped(results, lambda parts: np.concatenate(parts, axis=1))
 
 

@@ -27,6 +27,7 @@ class Visible:
         """The keys to sample, and how many living ones each query sees."""
         return self.index.held(self.limits)
 
+    @cached_property
     def score_error(self) -> np.ndarray:
         """Bound (h, m) on the float64 rounding of any scaled score."""
         with np.errstate(over="ignore"):

@@ -46,9 +46,16 @@ class Shape(NamedTuple):
 
 SHAPES = {"llama-3.1-8b": Shape(8, 4, 2), "smollm2-135m": Shape(3, 3, 1)}
 DTYPES = ("float32", "bfloat16")
+
+
+def _sampled(bytes_per_key: int, n: int) -> Iterator[Policy | Sampled]:
+    return (Sampled(eps=0.05 * 0.95**i, bytes_per_key=bytes_per_key) for i in range(64))
+
+
 SETTINGS: Mapping[str, Callable[[int], Iterator[Policy | Sampled]]] = {  # from the cheapest on, by the number of keys
-    "sampled-32B": lambda n: (Sampled(eps=0.05 * 0.93**i, bytes_per_key=32) for i in range(48)),
-    "sampled-16B": lambda n: (Sampled(eps=0.05 * 0.93**i, bytes_per_key=16) for i in range(48)),
+    "sampled-48B": partial(_sampled, 48),
+    "sampled-32B": partial(_sampled, 32),
+    "sampled-16B": partial(_sampled, 16),
     "topr": lambda n: (TopR(r) for r in (64 << i for i in range(12)) if r < n),
     "certified": lambda n: (Certified(eps) for eps in (0.5, 0.3, 0.1, 0.03, 0.01)),
 }
@@ -76,14 +83,18 @@ class Cache(NamedTuple):
 def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
     """One row per shape, size, dtype and policy, with and without an append."""
     tokens = QUICK_TEXT if quick else TEXT
-    known = np.linspace(64, tokens - 2 * ASKED, 64).astype(np.int64).tolist()
-    layers = real_keys.layers(tokens, [*known, *range(tokens - ASKED, tokens)])
+    layers = real_keys.layers(tokens, known_positions(tokens))
     for name, shape in SHAPES.items():
         for n in QUICK_SIZES if quick else SIZES:
             cache = assembled(layers, shape, n, np.random.default_rng(n))
             for dtype in DTYPES:
                 head = {"shape": name, "n": n, "dtype": dtype}
                 yield from (head | row for row in _timed(cache, dtype, note, quick))
+
+
+def known_positions(tokens: int) -> list[int]:
+    """Positions whose queries are kept: 64 for codes to be fitted to, and the last ones, which are asked."""
+    return [*np.linspace(64, tokens - 2 * ASKED, 64).astype(np.int64).tolist(), *range(tokens - ASKED, tokens)]
 
 
 def assembled(layers: list[real_keys.Layer], shape: Shape, n: int, rng: np.random.Generator) -> Cache:
@@ -123,7 +134,7 @@ def _timed(cache: Cache, dtype: str, note: Callable[[str], None], quick: bool) -
     import torch
 
     q, known, k, v = (torch.from_numpy(part).to(getattr(torch, dtype)) for part in cache)
-    exact, values = _exact(q, k, v), Values(v)
+    exact, values = exact_outputs(*(part.float().numpy() for part in (q, k, v))), Values(v)
     contenders: dict[str, Call] = {f"dense {name}": form for name, form in _dense_forms(q, k, v).items()}
     costs: dict[str, Costs] = {}
     for name, settings in SETTINGS.items():
@@ -151,13 +162,12 @@ def _timed(cache: Cache, dtype: str, note: Callable[[str], None], quick: bool) -
         }
 
 
-def _exact(q: Any, k: Any, v: Any) -> np.ndarray:
+def exact_outputs(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Dense attention (h, m, dv) in float64, a key head at a time."""
-    grouped = q.reshape(len(k), -1, *q.shape[1:])
     parts = []
-    for queries, keys, values in zip(grouped, k, v, strict=True):
-        wide_keys, wide_values = keys[None].double().numpy(), values[None].double().numpy()
-        parts.append(dense(queries.double().numpy(), wide_keys, wide_values, Softmax(), k.shape[2] ** -0.5)[0])
+    for queries, keys, values in zip(q.reshape(len(k), -1, *q.shape[1:]), k, v, strict=True):
+        wide_keys, wide_values = keys[None].astype(np.float64), values[None].astype(np.float64)
+        parts.append(dense(queries.astype(np.float64), wide_keys, wide_values, Softmax(), k.shape[2] ** -0.5)[0])
     return np.concatenate(parts)
 
 

@@ -29,6 +29,7 @@ CASES = {  # name -> module with rows(quick, note), an iterable of dicts with eq
     "pruning": "benchmarks.pruning_case",
     "accuracy": "benchmarks.accuracy_case",
     "decode-cpu": "benchmarks.decode_cpu_case",
+    "long-decode": "benchmarks.long_decode_case",
     "decode-gpu": "benchmarks.decode_gpu_case",
 }
 PACKAGES = ("hsr-attention", "numpy", "scipy", "numba", "faiss-cpu", "torch", "triton", "transformers")

@@ -42,7 +42,7 @@ class Layout:
         """Bytes that the code of one key takes."""
         return BYTES * sum(self.words)
 
-    @property
+    @cached_property
     def shift(self) -> int:
         """Last bits that a sum of codes times int8 loses to become int16: less than what rounding a query loses."""
         return max(0, (127 * int((2**self.bits - 1).sum())).bit_length() - 15)
