@@ -7,7 +7,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-COLOURS = {"sampled-32B": "#0072b2", "sampled-16B": "#009e73", "topr": "#e69f00", "certified": "#cc79a7"}
+COLOURS = {
+    "sampled-48B": "#56b4e9",
+    "sampled-32B": "#0072b2",
+    "sampled-16B": "#009e73",
+    "topr": "#e69f00",
+    "certified": "#cc79a7",
+}
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:

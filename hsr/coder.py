@@ -22,6 +22,7 @@ from functools import cached_property
 import numpy as np
 
 from hsr.coded_scan import BYTES, KEYS, QUERIES, WIDTHS
+from hsr.rotation import rotated
 
 DISTORTION = {8: 6e-5, 4: 0.01154, 2: 0.1188, 1: 0.3634}  # of a Gaussian's best uniform quantiser, per variance
 STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957, 1: 1.596}  # its step, per standard deviation (Max 1960)
@@ -84,10 +85,10 @@ class Coder:
         used = min(len(bits), d)
         coded = np.zeros((g, -(-n // KEYS), sum(self.layout.words), KEYS, BYTES), np.uint8)
         error = np.empty((g, n))
-        key_map, steps = self.key_map.astype(keys.dtype), self.steps[:, :used].astype(keys.dtype)
+        mean, key_map, steps = (part.astype(keys.dtype) for part in (self.mean, self.key_map, self.steps[:, :used]))
         for first in range(0, n, SLICE):
             part = keys[:, first : first + SLICE]
-            y = np.matmul(part - self.mean[:, None].astype(keys.dtype), key_map)
+            y = rotated(part, mean, key_map)
             codes = np.zeros((g, -(-part.shape[1] // KEYS) * KEYS, len(bits)), np.uint8)
             for head in range(g):
                 rounded = _rounded(y[head, :, :used], steps[head], bits[:used])

@@ -23,6 +23,7 @@ import numpy as np
 
 from hsr.coded_scan import BYTES, KEYS, QUERIES
 from hsr.coder import SAMPLE, SLICE, SMALLEST, Layout, cheapest_layout, packed, principal_axes
+from hsr.rotation import rotated
 from hsr.scaling import exponent
 
 OUTLIER = 5.0  # robust standard deviations that a grid covers to either side of the median, at most
@@ -72,7 +73,7 @@ class Cover:
         codes = np.zeros((g, blocks, sum(self.layout.words), KEYS, BYTES), np.uint8)
         lengths = np.empty((g, n), np.float32)
         for first in range(0, n, SLICE):
-            y = np.matmul(_unit(keys[:, first : first + SLICE], self.exponents) - self.mean[:, None], self.key_map)
+            y = rotated(_unit(keys[:, first : first + SLICE], self.exponents), self.mean, self.key_map)
             size, seen = y.shape[1], y[..., :used]
             cells = np.divide(seen, steps, out=np.zeros_like(seen), where=steps > 0) + centres + 0.5
             code = np.clip(np.floor(cells), 0.0, most)

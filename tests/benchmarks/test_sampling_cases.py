@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accuracy_case, decode_cpu_case, measure, plots, real_keys, run
+from benchmarks import accuracy_case, decode_cpu_case, long_decode_case, measure, plots, real_keys, run
 from hsr import lifted_numba
 
 LAYERS, HEADS, GROUPS, WIDTH = 2, 6, 2, 32
@@ -28,7 +28,7 @@ def fake_layers(tokens: int, positions: Sequence[int]) -> list[real_keys.Layer]:
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_keys, "layers", fake_layers)
-    for case in (accuracy_case, decode_cpu_case):
+    for case in (accuracy_case, decode_cpu_case, long_decode_case):
         monkeypatch.setattr(case, "missing", lambda: None)
 
 
@@ -76,6 +76,24 @@ def test_decode_times_policies_that_are_accurate_enough(monkeypatch: pytest.Monk
         assert row["speedup"] == pytest.approx(row["dense_best_ms"] / row["ms"])
         assert 0 < row["keys_per_head"] <= row["n"]
     assert any(row["policy"].endswith("+append") for row in rows)
+
+
+def test_long_decode_follows_a_session_as_it_grows(tmp_path: Path) -> None:
+    file = tmp_path / "long-decode.json"
+    assert run.main(["long-decode", "--quick", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    first, last = long_decode_case.QUICK_PROMPT, long_decode_case.QUICK_PROMPT + long_decode_case.QUICK_STEPS
+    for shape in long_decode_case.SHAPES:
+        mine = [row for row in rows if row["shape"] == shape]
+        assert [row["n"] for row in mine] == np.linspace(first, last, long_decode_case.WINDOWS + 1)[1:].tolist()
+        assert all(row["ms"] <= row["slowest_ms"] and row["rel_err"] < 0.2 for row in mine)
+        assert all(row["cache_mib"] < row["session_mib"] < 8 * row["cache_mib"] for row in mine)
+
+
+def test_arrays_held_are_counted_once() -> None:
+    array = np.zeros(1000)
+    assert long_decode_case.held({"a": [array, array[5:]], "b": array.reshape(10, 100)}) == array.nbytes
+    assert long_decode_case.held(["nothing", 7]) == 0
 
 
 def test_a_wrong_sampler_stops_the_run(
