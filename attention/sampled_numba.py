@@ -13,31 +13,28 @@ from numba import njit, prange
 
 from hsr.exp_block import BLOCK, FAST, exp32
 from hsr.lifted_numba import CHUNK
-from hsr.prefetch import prefetch_bytes
 
-AHEAD = 6  # keys whose rows are asked for before they are needed
 GROUP = 4  # values added at a time
 TOP, TOTAL, RISK, FAR, FAR_SQUARED, CHANCE, CHANCE_WEIGHT = range(7)
 ROUNDING = 8e-6  # of a weight and of float32 sums of 64 terms, relative
 SUMS = 7  # largest score, then sums of w / pi, a, a |v - c|^2, its square, 1 - pi, (1 - pi) w / pi
 
 
+@njit(cache=True)
+def _copy(row, target):
+    for i in range(len(row)):
+        target[i] = row[i]
+
+
 @njit(fastmath=FAST, cache=True)
-def _score(keys, values, ids, query, scale, scores):
-    """scores (G, 64) of the listed keys; rows of keys and values are asked for ahead."""
+def _score(rows, size, query, scale, scores):
+    """scores (G, 64) of the first rows (64, d)."""
     heads, d = query.shape
-    at_keys, at_values = np.uintp(keys.ctypes.data), np.uintp(values.ctypes.data)
-    key_bytes, value_bytes = d * keys.itemsize, values.shape[1] * values.itemsize
-    for c in range(min(AHEAD, len(ids))):
-        prefetch_bytes(at_keys + np.uintp(ids[c]) * np.uintp(key_bytes), key_bytes)
-    for c in range(len(ids)):
-        if c + AHEAD < len(ids):
-            prefetch_bytes(at_keys + np.uintp(ids[c + AHEAD]) * np.uintp(key_bytes), key_bytes)
-        prefetch_bytes(at_values + np.uintp(ids[c]) * np.uintp(value_bytes), value_bytes)
+    for c in range(size):
         for h in range(heads):
             total = 0.0
             for i in range(d):
-                total += query[h, i] * np.float64(keys[ids[c], i])
+                total += query[h, i] * np.float64(rows[c, i])
             scores[h, c] = scale * total
 
 
@@ -117,11 +114,14 @@ def _fade(part, vector, top):
 def _absorb(ids, pis, cache, query, tools, scalars, vectors):
     """Add the listed keys, at most 64 of them, to a part: scalars (G, SUMS), vectors (G, 2, dv) float64."""
     keys, values, centre, unit, scale = cache
-    scores, weights, risks, rows, squares, sums = tools
+    scores, weights, risks, near, rows, squares, sums = tools
     size = len(ids)
-    _score(keys, values, ids, query, scale, scores)
+    for c in range(size):  # nothing but loads and stores: more rows are under way at once than with prefetching
+        _copy(keys[ids[c]], near[c])
     for c in range(size):
         _centre(values[ids[c]], unit, centre, rows[c])
+    _score(near, size, query, scale, scores)
+    for c in range(size):
         squares[c] = _square(rows[c])
     for h in range(len(query)):
         top = scores[h, :size].max()
@@ -154,12 +154,13 @@ def _log_add(lse, scores, lift, ids):
 
 
 @njit(cache=True)
-def _tools(heads, width, like):
-    """Buffers of one thread: scores, a head's weights and risks, centred values, their squares and weighted sums."""
+def _tools(heads, d, width, like):
+    """Buffers of one thread: scores, a head's weights and risks, keys, centred values, their squares and sums."""
     return (
         np.empty((heads, BLOCK)),
         np.empty(BLOCK, like.dtype),
         np.empty(BLOCK, like.dtype),
+        np.empty((BLOCK, d), like.dtype),
         np.zeros((BLOCK, width), like.dtype),
         np.empty(BLOCK, like.dtype),
         np.empty((2, width), like.dtype),
@@ -178,7 +179,7 @@ def attend_certain(keys, values, centre, units, lift, queries, scale, spans, lim
     g, rows, heads, _ = queries.shape
     for task in prange(g * rows):
         head, row = task // rows, task % rows
-        tools = _tools(heads, values.shape[2], values)
+        tools = _tools(heads, keys.shape[2], values.shape[2], values)
         cache = keys[head], values[head], centre[head], units[head], scale
         start, stop = spans[head, row]
         ids, ones = np.empty(BLOCK, np.int32), np.ones(BLOCK, np.float32)
@@ -211,7 +212,7 @@ def attend_drawn(keys, values, centre, units, queries, scale, ids, pis, counts, 
     parts, chunks = scalars.shape[2] - 1, counts.shape[2]
     tasks = g * rows * parts
     for thread in prange(threads):
-        tools = _tools(heads, values.shape[2], values)
+        tools = _tools(heads, keys.shape[2], values.shape[2], values)
         block_ids, block_pis = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
         for task in range(thread, tasks, threads):
             head, row, part = task // (rows * parts), task // parts % rows, task % parts + 1

@@ -15,8 +15,11 @@ from hsr.backend import ROWS, methods
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-INDEX = ROOT / "benchmarks" / "results" / "index.json"
+RESULTS = ROOT / "benchmarks" / "results"
+INDEX, DECODE_CPU, DECODE_GPU = (RESULTS / f"{case}.json" for case in ("index", "decode-cpu", "decode-gpu"))
 SETTING = ("n", "d", "reported")
+SHAPE, SAMPLED = "llama-3.1-8b", ("sampled-48B", "sampled-32B", "sampled-16B")
+GPU_LENGTHS = (16384, 32768, 131072, 1048576)
 
 
 def main() -> None:
@@ -26,8 +29,8 @@ def main() -> None:
 
 def blocks() -> dict[str, str]:
     """Name of a block -> what belongs in it."""
-    measured = performance(json.loads(INDEX.read_text())) if INDEX.exists() else "Not measured yet: `make bench`."
-    return {"methods": methods_table(), "performance": measured}
+    index, cpu, gpu = (json.loads(path.read_text()) for path in (INDEX, DECODE_CPU, DECODE_GPU))
+    return {"methods": methods_table(), "performance": performance(index), "decode": decode(cpu, gpu)}
 
 
 def inserted(text: str, contents: Mapping[str, str]) -> str:
@@ -64,6 +67,31 @@ def performance(measured: Mapping[str, Any]) -> str:
         _markdown(head, lines)
         + f"\n\nMilliseconds per query, `m` queries a call; the faster of numpy and faiss, and our fastest method.  "
         f"{measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}, `{measured['command']}`."
+    )
+
+
+def decode(cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
+    """A decode step of Llama-3.1-8B's attention shape beside the fastest dense one, on the CPU and on a GPU."""
+    lines = []
+    for (n, dtype), found in groupby(cpu["rows"], key=lambda row: (row["n"], row["dtype"])):
+        ours = [row for row in found if row["shape"] == SHAPE and row["policy"] in SAMPLED]
+        if ours:
+            best = min(ours, key=lambda row: row["ms"])
+            times = f"{best['dense_best_ms']:.3g} ms", f"{best['ms']:.3g} ms"
+            keys = f"{best['keys_per_head']:,.0f}"
+            lines.append(("CPU", f"{n:,}", dtype, *times, f"{best['speedup']:.1f}x", f"{best['rel_err']:.2%}", keys))
+    for row in gpu["rows"]:
+        if row["B"] == 1 and row["d"] == 128 and row["policy"] == "fast" and row["n"] in GPU_LENGTHS:
+            times = f"{row['dense_best_us']:.3g} us", f"{row['us']:.3g} us"
+            ends = f"{row['speedup']:.1f}x", f"{row['rel_err']:.2%}", f"{row['union_keys']:,.0f}"
+            lines.append(("GPU", f"{row['n']:,}", "bfloat16", *times, *ends))
+    return (
+        _markdown(("device", "n", "dtype", "dense", "sampled", "speed-up", "error", "keys per list"), lines)
+        + "\n\nOne decode step, 8 key-value heads of 4 query heads, d = 128.  "
+        f"CPU: {cpu['cpu']}, {cpu['threads']} threads, real heads, the cheapest setting within 1 %, torch's "
+        f"faster form, commit {cpu['commit'][:10]}, `{cpu['command']}`.  "
+        f"GPU: {gpu['device']}, synthetic heads, the fastest of cuDNN and FlashAttention 2 and 3, commit "
+        f"{gpu['commit'][:10]}, `{gpu['command']}`.  Errors are means, relative to the output."
     )
 
 

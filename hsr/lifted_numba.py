@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit, prange
 
 from hsr.coded_scan import BYTES, KEYS, QUERIES, block_sums
-from hsr.exp_block import FAST, exp32
+from hsr.exp_block import FAST, LOG2_E, exp32, rough_power
 from hsr.prefetch import prefetch_bytes
 
 CHUNK = 2048  # keys in a task
@@ -22,6 +22,7 @@ BLOCKS = CHUNK // KEYS
 BITS = 24  # chances are multiples of 2**-BITS, which float32 holds and int32 adds exactly
 SURE = np.int32(1 << BITS)
 GRAIN = np.float32(2.0**-BITS)
+PART = 16  # keys of a block that are passed over together if none of them is drawn
 AHEAD = 4  # blocks whose codes are asked for before they are read
 LEAST = np.int32(-(2**31))
 FAR = np.float32(-1e30)
@@ -61,8 +62,9 @@ def _estimate(codes, words, tiles, factors, shift, span, estimates, tops, totals
     half = np.int32((1 << shift) >> 1)
     codes_at, width = np.uintp(codes.ctypes.data), codes.shape[1] * KEYS * BYTES
     sums = np.empty((QUERIES, KEYS), np.int32)  # made here, so that the compiler knows that it overlaps nothing
+    rates = np.empty(len(factors), np.float32)
     for h in range(len(factors)):
-        tops[h], totals[h] = LEAST, 0.0
+        rates[h], tops[h], totals[h] = factors[h] * LOG2_E, LEAST, 0.0
     for block in range(start // KEYS, (stop + KEYS - 1) // KEYS):
         begin, end = max(start - block * KEYS, 0), min(stop - block * KEYS, KEYS)
         outside = np.int32(KEYS - (end - begin))
@@ -81,17 +83,17 @@ def _estimate(codes, words, tiles, factors, shift, span, estimates, tops, totals
                 if best > tops[h]:
                     totals[h] *= np.exp(np.float64(factors[h]) * (np.float64(tops[h]) - np.float64(best)))
                     tops[h] = best
-                if outside > 0:  # each adds exactly 1, which is taken off
+                if outside > 0:  # each adds the power of 0, which is taken off
                     sums[i, :begin], sums[i, end:] = tops[h], tops[h]
-                factor, best, total = factors[h], tops[h], np.float32(0.0)
+                rate, best, total = rates[h], tops[h], np.float32(0.0)
                 for j in range(KEYS):
-                    total += exp32(factor * np.float32(sums[i, j] - best))
-                totals[h] += total - np.float32(outside)
+                    total += rough_power(rate * np.float32(sums[i, j] - best))
+                totals[h] += total - np.float32(outside) * rough_power(np.float32(0.0))
 
 
 @njit(parallel=True, cache=True)
 def estimate(codes, words, tiles, slope, shift, spans, threads, estimates, tops, totals):
-    """Fill estimates, and per task their largest (tops) and the sum of exponentials relative to it (totals).
+    """Fill estimates; per task their largest (tops) and, within 3 %, the sum of exponentials relative to it (totals).
 
     codes (g, blocks, words, 64, 4), tiles (g, rows * tiles a row, 4, planes, 4), slope (g, rows, G) float64, the score
     of a sum of 1, whose last ``shift`` bits are not kept; spans (g, rows, 2) int64: the keys up for sampling, of others
@@ -179,14 +181,21 @@ def _draw(estimates, units, thresholds, span, key, systematic, ids, pis, place):
             variance += pi * (np.float32(1.0) - pi)
         independent += variance
         if systematic:
-            part = np.float64(total & (SURE - 1)) * GRAIN
-            real += part * (1.0 - part)
+            left = np.float64(total & (SURE - 1)) * GRAIN
+            real += left * (1.0 - left)
             running = number(key, block)
-            for j in range(KEYS if running + total >= SURE else 0):
-                running += chances[j]
-                ids[place], pis[place] = block * KEYS + j, x[j]
-                place += running >> np.int32(BITS)
-                running &= SURE - np.int32(1)
+            for part in range(0, KEYS if running + total >= SURE else 0, PART):
+                some = np.int32(0)
+                for j in range(PART):
+                    some += chances[part + j]
+                if running + some < SURE:
+                    running += some
+                    continue
+                for j in range(part, part + PART):
+                    running += chances[j]
+                    ids[place], pis[place] = block * KEYS + j, x[j]
+                    place += running >> np.int32(BITS)
+                    running &= SURE - np.int32(1)
         else:
             real += variance
             for j in range(KEYS):

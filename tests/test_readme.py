@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme_table import README, blocks, inserted, performance
+from benchmarks.readme_table import README, blocks, decode, inserted, performance
 
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -63,3 +63,32 @@ def test_the_performance_table_shows_the_best_of_each_side() -> None:
     table = performance(json.loads(json.dumps(measured)))
     assert "| 1,024 | 2 | 10 | 2 (faiss) | 1 (brute) | 2.0x | 2 (faiss) | 1 (brute) | 2.0x |" in table
     assert "a CPU, 2 threads, commit 0123456789, `a command`" in table
+
+
+def test_the_decode_table_shows_the_fastest_sample_of_each_size() -> None:
+    head = {"cpu": "chip", "threads": 2, "commit": "0123456789abcdef", "command": "run", "device": "board"}
+    times = {"dense": 9.0, "sampled-32B": 2.0, "sampled-16B": 1.0, "sampled-16B+append": 0.5, "topr": 0.1}
+    shown = {"shape": "llama-3.1-8b", "n": 8192, "dtype": "float32", "dense_best_ms": 5.0, "rel_err": 0.009}
+    cpu = [
+        shown | {"policy": policy, "ms": ms, "speedup": 5.0 / ms, "keys_per_head": 1234.0}
+        for policy, ms in times.items()
+    ]
+    cpu += [row | {"shape": "smollm2-135m"} for row in cpu]
+    measured = {
+        "B": 1,
+        "d": 128,
+        "dense_best_us": 30.0,
+        "us": 10.0,
+        "speedup": 3.0,
+        "rel_err": 0.05,
+        "union_keys": 700.4,
+    }
+    gpu = [measured | {"n": n, "policy": policy} for n in (8192, 16384) for policy in ("fast", "quality")]
+    lines = decode(head | {"rows": cpu}, head | {"rows": gpu}).splitlines()
+    assert lines[2:4] == [
+        "| CPU | 8,192 | float32 | 5 ms | 1 ms | 5.0x | 0.90% | 1,234 |",
+        "| GPU | 16,384 | bfloat16 | 30 us | 10 us | 3.0x | 5.00% | 700 |",
+    ]
+    assert lines[4] == ""
+    assert "chip" in lines[5]
+    assert "board" in lines[5]
