@@ -1,16 +1,24 @@
 """Queries, keys and values of SmolLM2-135M reading the essays, after the rotary embedding.
 
-Nothing here imports torch before it is needed; `missing` says what to install.
+Nothing here imports torch before it is needed; `missing` says what to install.  A machine without the model can use
+heads that another one kept:
+
+HSR_HEADS=heads.npz python -m benchmarks.real_keys --layers 8    # reads the essays and writes the file
+HSR_HEADS=heads.npz python -m benchmarks.run accuracy-gpu        # takes keys, values and queries from it
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from benchmarks import demo
+from hsr.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -29,21 +37,44 @@ class Layer(NamedTuple):
 
 def missing(program: str) -> str | None:
     """One line that says what to install, if anything."""
+    if kept() is not None:
+        return None
     return demo.missing(program, LIBRARIES)
 
 
 def layers(tokens: int, positions: Sequence[int] | None = None) -> list[Layer]:
     """One forward pass over that many tokens of the essays; 4096 take about a minute on two cores.
 
-    Queries are kept of the given positions, ascending, or of the LAST ones.
+    Queries are kept of the given positions, ascending, or of the LAST ones.  Where HSR_HEADS names a file, they come
+    from it, in float16.
     """
+    positions = range(tokens - LAST, tokens) if positions is None else positions
+    path = kept()
+    if path is not None:
+        with np.load(path) as file:
+            if file["keys"].shape[2] != tokens or file["positions"].tolist() != list(positions):
+                raise ArgumentError(f"HSR_HEADS must name heads of {tokens} tokens at the case's positions; got {path}")
+            parts = (file[name].astype(np.float32) for name in Layer._fields)
+            return [Layer(*layer) for layer in zip(*parts, strict=True)]
     from benchmarks import smollm
 
     model, tokenizer = smollm.load_model()
     smollm.hook(model)
-    recorder = Recorder(range(tokens - LAST, tokens) if positions is None else positions)
+    recorder = Recorder(positions)
     smollm.read_prompt(model, smollm.essay_tokens(tokenizer, tokens), recorder)
     return recorder.layers
+
+
+def kept() -> Path | None:
+    """The file of heads that HSR_HEADS names, if it is there."""
+    path = Path(os.environ.get("HSR_HEADS", ""))
+    return path if path.is_file() else None
+
+
+def keep(path: Path, found: Sequence[Layer], positions: Sequence[int]) -> None:
+    """Write layers, with queries of these positions, for `layers` to read."""
+    queries, keys, values = (np.stack(parts).astype(np.float16) for parts in zip(*found, strict=True))
+    np.savez_compressed(path, positions=np.array(positions), queries=queries, keys=keys, values=values)
 
 
 class Recorder:
@@ -91,3 +122,21 @@ def pool(tokens: int, seed: int) -> Pool:
         for name in Pool._fields
     )
     return Pool(*map(rng.permutation, flat))
+
+
+def main() -> None:
+    """Write the file that HSR_HEADS names."""
+    from benchmarks.decode_cpu_case import TEXT, known_positions
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_keys", description="Keep heads in a file.")
+    parser.add_argument("--layers", type=int, default=8, help="how many, evenly spaced (8)")
+    many, path = parser.parse_args().layers, os.environ.get("HSR_HEADS")
+    if not path:
+        parser.error("HSR_HEADS must name the file to write; got nothing")
+    positions = known_positions(TEXT)
+    found = layers(TEXT, positions)
+    keep(Path(path), found[:: max(1, len(found) // many)][:many], positions)
+
+
+if __name__ == "__main__":
+    main()

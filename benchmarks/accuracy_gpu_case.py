@@ -1,0 +1,87 @@
+"""Case ``accuracy-gpu``: errors of the GPU's sampled decode on a real model's heads, beside the oracle's top-k.
+
+The heads are SmolLM2-135M's over TOKENS tokens of the essays (`benchmarks.real_keys`, which can keep them in a file for
+a machine without the model), keys, values and queries in bfloat16.  The last ASKED positions' queries attend to the
+whole cache.  ``oracle-topk-union`` keeps every head's keys of largest score, shared by the group, as many for each as
+make the union as large as the sampled list with its sinks and recent keys.  Errors are relative to exact attention over
+the same bfloat16 numbers, over all layers, heads and queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from benchmarks import decode_gpu_case, real_keys
+from benchmarks.decode_cpu_case import ASKED, known_positions
+from benchmarks.decode_gpu_case import exact_attention, exact_gate
+from benchmarks.ledger import Row
+from gpu.sampled import Draws, SampledCache
+
+DEVICE = decode_gpu_case.DEVICE
+TOKENS, QUICK_TOKENS = 8192, 512
+SHARES = (0.01, 0.05)  # of the keys, drawn for each head
+SETTINGS = {"fast": (24, (4,)), "fast-mixed": (24, (4, 2)), "quality": (32, (4,)), "quality-mixed": (32, (4, 2))}
+SETTLE = 2  # rounds over the queries before any counts, in which thresholds settle
+
+
+def missing() -> str | None:
+    """What this case needs and has not."""
+    return decode_gpu_case.missing() or real_keys.missing("accuracy-gpu")
+
+
+def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
+    """A row per share of keys and setting, and one for the oracle beside each."""
+    exact_gate()
+    tokens = QUICK_TOKENS if quick else TOKENS
+    layers = real_keys.layers(tokens, known_positions(tokens))
+    note(f"{len(layers)} layers of {len(layers[0].queries)} query heads, {ASKED} queries")
+    for share in SHARES:
+        for name, (size, widths) in SETTINGS.items():
+            draws = Draws(share * tokens, size, widths=widths)
+            found = [_layer(layer, draws) for layer in layers]
+            ours, oracle, union = (np.concatenate(column) for column in zip(*found, strict=True))
+            head = {"tokens": tokens, "keys_per_head": draws.budget, "union_keys": float(union.mean())}
+            for policy, errors in ((f"sampled-{name}-union", ours), ("oracle-topk-union", oracle)):
+                p50, p90, p99 = np.percentile(errors, [50, 90, 99])
+                yield head | {
+                    "policy": policy,
+                    "bytes_per_key": size,
+                    "err_mean": float(errors.mean()),
+                    "err_median": float(p50),
+                    "err_p90": float(p90),
+                    "err_p99": float(p99),
+                    "to_oracle_union": float(errors.mean() / oracle.mean()),
+                }
+
+
+def _layer(layer: real_keys.Layer, draws: Draws) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Relative errors of ours and of the oracle (ASKED h,), and keys in a group's list (ASKED g,)."""
+    queries, k, v = (torch.from_numpy(part).cuda().bfloat16() for part in layer)
+    known, asked = queries[:, :-ASKED], queries[:, -ASKED:]
+    cache = SampledCache(k[None], v[None], len(queries), draws, k.shape[2] ** -0.5, queries=known[None])
+    output = torch.empty_like(asked[None, :, 0])
+    for i in [*range(ASKED)] * SETTLE:
+        cache.attend(asked[None, :, i], output)
+    ours: list[np.ndarray] = []
+    oracle: list[np.ndarray] = []
+    unions = []
+    for i in range(ASKED):
+        cache.attend(asked[None, :, i], output)
+        wanted, scores = exact_attention(asked[:, i], k, v)
+        union = cache.counts[:, 0].long() + draws.sinks + draws.recent
+        for errors, outputs in ((ours, output[0].double()), (oracle, oracle_output(scores, v, union))):
+            errors.append(((outputs - wanted).norm(dim=1) / wanted.norm(dim=1)).cpu().numpy())
+        unions.append(union.cpu().numpy())
+    return np.concatenate(ours), np.concatenate(oracle), np.concatenate(unions)
+
+
+def oracle_output(scores: torch.Tensor, v: torch.Tensor, union: torch.Tensor) -> torch.Tensor:
+    """scores (g, G, n), v (g, n, d), union (g,) -> output (h, d) over the most top keys a head whose union fits."""
+    rank = scores.argsort(2, descending=True).argsort(2).amin(1)  # (g, n): the best that any head of the group gives
+    tops = torch.stack([ranks.sort().values[size - 1] for ranks, size in zip(rank, union.tolist(), strict=True)])
+    kept = rank <= tops[:, None]  # ranks tie, at most G of them: so many keys more than the union
+    weights = scores.masked_fill(~kept[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("gin,gnd->gid", weights, v.double()).reshape(-1, v.shape[2])
