@@ -10,6 +10,8 @@ their tops, of as many keys as the union that ``sampled-int4-union`` drew: no to
 ``sampled-int4`` has a list per head.  ``keys_per_head`` is what a head expects on its own account, ``union_keys`` what
 its group's list holds; ``bytes_read`` is the codes (or keys) read to choose and the keys and values of the list, per
 key-value head.  ``certified`` spends what its bound asks for.  The coder knows queries of earlier positions.
+``held_output`` and ``held_lse`` are how often the certificates' bounds on the output's error and on the log-sum-exp's
+held, whose stated confidence is 0.95 for samples and 1 else; "independent" draws one number a key, not one a block.
 
 The gate: `Dense` and a sample of all keys are dense attention.
 """
@@ -50,6 +52,7 @@ class Found(NamedTuple):
     outputs: np.ndarray  # (h, m, dv)
     own: np.ndarray  # keys that a head expects on its own account
     union: np.ndarray  # keys attended to
+    held: np.ndarray | None = None  # (2, h, m) bool: whether the certificate's bounds on output and LSE held
 
 
 class Costs(NamedTuple):
@@ -58,6 +61,7 @@ class Costs(NamedTuple):
     errors: np.ndarray  # (h m,) relative
     own: float
     union: float
+    held: np.ndarray | None  # (2,): how often
 
 
 class Heads:
@@ -76,6 +80,11 @@ class Heads:
         self.scores = np.where(np.arange(keys.shape[1]) < self.limits[..., None], scores, -np.inf)
         self.exact = self.over(np.isfinite(self.scores))
 
+    @cached_property
+    def _lse(self) -> np.ndarray:
+        """(h, m), exact."""
+        return np.logaddexp.reduce(self.scores, axis=2)
+
     def over(self, chosen: np.ndarray, logs: np.ndarray | float = 0.0) -> np.ndarray:
         """Softmax attention over the chosen keys (h, m, n), scores lowered by ``logs`` -> (h, m, dv)."""
         scores = np.where(chosen, self.scores - logs, -np.inf)
@@ -90,13 +99,17 @@ class Heads:
         index, held = plan.index(keys, "auto"), Values(values)
         plan.calibrate(self.known, index, held)
         result = plan.attend(self.queries, index, held, self.limits)
-        return Found(result.output, result.counters.reported, result.counters.reported)
+        off = np.linalg.norm(result.output - self.exact, axis=2), np.abs(result.lse - self._lse)
+        bounds = result.certificate.output_error, result.certificate.lse_error
+        reported = result.counters.reported
+        return Found(result.output, reported, reported, np.array(off) <= np.array(bounds))
 
-    def sampled(self, budget: float, size: int, shared: bool = True) -> Found:
+    def sampled(self, budget: float, size: int, shared: bool = True, draw: str = "systematic") -> Found:
         """`Sampled` of a budget that counts the keys attended to anyway."""
         certain = self.limits - np.maximum((self.limits - RECENT) // KEYS * KEYS - SINKS, 0)
         rest = max(1.0, budget - float(certain.mean()))
-        found = self.asked(Sampled(budget=rest, bytes_per_key=size, sinks=SINKS, recent=RECENT, seed=self.seed), shared)
+        policy = Sampled(budget=rest, bytes_per_key=size, sinks=SINKS, recent=RECENT, seed=self.seed, draw=draw)
+        found = self.asked(policy, shared)
         return found._replace(own=certain + rest)
 
     def sampled_exactly(self, budget: float) -> Found:
@@ -123,7 +136,8 @@ class Heads:
     def costs(self, found: Found) -> Costs:
         """What remains of an answer."""
         errors = np.linalg.norm(found.outputs - self.exact, axis=2) / np.linalg.norm(self.exact, axis=2)
-        return Costs(errors.ravel(), float(found.own.mean()), float(found.union.mean()))
+        held = None if found.held is None else found.held.mean(axis=(1, 2))
+        return Costs(errors.ravel(), float(found.own.mean()), float(found.union.mean()), held)
 
     def top(self, rank: int) -> Found:
         """Each head's so many keys of largest score."""
@@ -186,6 +200,7 @@ def _of_budget(heads: Heads, budget: float) -> dict[str, Found]:
     """The policies that can be told how many keys to attend to."""
     found = {name: heads.sampled(budget, size) for name, size in SIZES.items()}
     found["sampled-int4"] = heads.sampled(budget, SIZES["sampled-int4-union"], shared=False)
+    found["sampled-int4-union-independent"] = heads.sampled(budget, SIZES["sampled-int4-union"], draw="independent")
     found["sampled-exact-union"] = heads.sampled_exactly(budget)
     found["topr-sketch"] = heads.asked(TopR(round(budget)))
     found["oracle-topk"] = heads.top(round(budget))
@@ -196,10 +211,13 @@ def _of_budget(heads: Heads, budget: float) -> dict[str, Found]:
 def _figures(policy: str, costs: list[Costs], shape: tuple[int, int, int]) -> Row:
     """Means and quantiles over layers, heads and positions; the shape is (tokens, d, G)."""
     tokens, d, group = shape
-    size = {"sampled-int4": SIZES["sampled-int4-union"], "topr-sketch": d, "certified": d} | SIZES
+    int4 = SIZES["sampled-int4-union"]
+    size = {"sampled-int4": int4, "sampled-int4-union-independent": int4, "topr-sketch": d, "certified": d} | SIZES
     bytes_per_key = size.get(policy, ITEM * d)
     errors = np.concatenate([cost.errors for cost in costs])
     union = float(np.mean([cost.union for cost in costs]))
+    held = [cost.held for cost in costs if cost.held is not None]
+    output, lse = np.mean(held, axis=0).tolist() if held else (None, None)
     lists = group if policy == "sampled-int4" else 1
     return {
         "bytes_per_key": bytes_per_key,
@@ -210,6 +228,8 @@ def _figures(policy: str, costs: list[Costs], shape: tuple[int, int, int]) -> Ro
         "err_median": float(np.median(errors)),
         "err_p90": float(np.percentile(errors, 90)),
         "err_p99": float(np.percentile(errors, 99)),
+        "held_output": output,
+        "held_lse": lse,
     }
 
 

@@ -48,7 +48,7 @@ def test_accuracy_has_a_row_per_budget_and_policy(tmp_path: Path) -> None:
     for share in accuracy_case.SHARES:
         budget = accuracy_case.RULES["n^0.8"].keys(tokens) / share
         found = {name: row for (spent, name), row in by_place.items() if spent == budget}
-        assert len(found) == 8
+        assert len(found) == 9
         assert found["oracle-topk"]["to_oracle-topk"] == 1
         assert found["topr-sketch"]["err_mean"] == pytest.approx(found["oracle-topk"]["err_mean"], rel=1e-3)
         union = found["sampled-int4-union"]["union_keys"]
@@ -56,6 +56,10 @@ def test_accuracy_has_a_row_per_budget_and_policy(tmp_path: Path) -> None:
         assert found["sampled-exact-union"]["union_keys"] == pytest.approx(union, rel=0.2)
         assert found["sampled-int4"]["keys_per_head"] == pytest.approx(found["sampled-int4"]["union_keys"], rel=0.15)
         for row in found.values():
+            measured_bounds = row["policy"] not in (*accuracy_case.ORACLES, "sampled-exact-union")
+            assert (row["held_lse"] is not None) == (row["held_output"] is not None) == measured_bounds
+            if measured_bounds:
+                assert min(row["held_output"], row["held_lse"]) >= (0.85 if "sampled" in row["policy"] else 1)
             assert row["err_median"] <= row["err_p90"] <= row["err_p99"]
             assert row["policy"] == "oracle-topk-union" or row["keys_per_head"] >= budget * 0.95
         exact, coded = (found[f"sampled-{name}-union"]["err_mean"] for name in ("exact", "int4"))
