@@ -26,7 +26,7 @@ from benchmarks.ledger import MILLI, Row
 PROMPT, QUICK_PROMPT = 8192, 256
 STEPS, QUICK_STEPS = 4096, 128
 WINDOWS = 8
-POLICIES = {"llama-3.1-8b": Sampled(eps=0.025), "smollm2-135m": Sampled(eps=0.0125)}
+POLICIES = {"llama-3.1-8b": Sampled(eps=0.02), "smollm2-135m": Sampled(eps=0.0125)}
 MIB = 2**20
 
 missing = partial(real_keys.missing, "long-decode")
