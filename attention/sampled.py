@@ -40,7 +40,7 @@ class Sampled:
         budget: or else sets T so that a head draws so many keys on average, at least 1.
         bytes_per_key: size of the code: a multiple of 4, at least 4.  32 is 4 bits an axis at d = 64.
         sinks, recent: the first keys, and at least so many last ones, are attended to always; whole blocks of 64 older
-            keys are sampled.
+            keys are sampled.  Not both 0.
         seed: of the generator, 0 .. 2**63 - 1.  Give layers different seeds, so that their errors are independent.
         redraw: draw afresh for every number of visible keys; else the same u_j serve all steps.
         draw: "systematic" or "independent".
@@ -77,6 +77,8 @@ class Sampled:
             raise ArgumentError(f"bytes_per_key must be a multiple of 4; got {self.bytes_per_key}")
         for name in ("sinks", "recent"):
             checks.whole(name, getattr(self, name), 0)
+        if self.sinks + self.recent == 0:
+            raise ArgumentError("sinks and recent must not both be 0, or a draw may be empty; got 0 and 0")
         checks.whole("seed", self.seed, 0, 2**63 - 1)
         if self.draw not in DRAWS:
             raise ArgumentError(f"draw must be one of {', '.join(DRAWS)}; got {self.draw!r}")

@@ -4,8 +4,8 @@ The cache is that of `benchmarks.decode_cpu_case`: PROMPT tokens are there at fi
 one.  A row tells of a window of steps that ends with ``n`` tokens: milliseconds of an append and attend, the mean
 relative error against float64 at its end, and memory: of all arrays that the session holds, with the room in them for
 more keys, and of the n keys and values themselves.  ``rate_ms`` is the mean over the window, new fits of the coder and
-copies into larger arrays included.  The sampled policy's eps is one that kept the error within 1 % in case
-``decode-cpu``.
+copies into larger arrays included.  The sampled policy's eps is near what case ``decode-cpu`` needs for an error
+of 1 %.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def held(root: object) -> int:
         if id(item) in seen or isinstance(item, type | ModuleType | FunctionType):
             continue
         seen.add(id(item))
-        if isinstance(item, np.ndarray) and item.base is None:
+        if isinstance(item, np.ndarray) and not isinstance(item.base, np.ndarray):
             total += item.nbytes
         stack += [item.base] if isinstance(item, np.ndarray) else gc.get_referents(item)
     return total

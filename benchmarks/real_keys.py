@@ -3,7 +3,7 @@
 Nothing here imports torch before it is needed; `missing` says what to install.  A machine without the model can use
 heads that another one kept:
 
-HSR_HEADS=heads.npz python -m benchmarks.real_keys --layers 8    # reads the essays and writes the file
+python -m benchmarks.real_keys heads.npz --layers 8    # reads the essays and writes the file
 HSR_HEADS=heads.npz python -m benchmarks.run accuracy-gpu        # takes keys, values and queries from it
 """
 
@@ -37,19 +37,16 @@ class Layer(NamedTuple):
 
 def missing(program: str) -> str | None:
     """One line that says what to install, if anything."""
-    if kept() is not None:
-        return None
     return demo.missing(program, LIBRARIES)
 
 
-def layers(tokens: int, positions: Sequence[int] | None = None) -> list[Layer]:
+def layers(tokens: int, positions: Sequence[int] | None = None, path: Path | None = None) -> list[Layer]:
     """One forward pass over that many tokens of the essays; 4096 take about a minute on two cores.
 
-    Queries are kept of the given positions, ascending, or of the LAST ones.  Where HSR_HEADS names a file, they come
-    from it, in float16.
+    Queries are kept of the given positions, ascending, or of the LAST ones.  With a path of `kept` heads they come from
+    there, in float16.
     """
     positions = range(tokens - LAST, tokens) if positions is None else positions
-    path = kept()
     if path is not None:
         with np.load(path) as file:
             if file["keys"].shape[2] != tokens or file["positions"].tolist() != list(positions):
@@ -66,9 +63,11 @@ def layers(tokens: int, positions: Sequence[int] | None = None) -> list[Layer]:
 
 
 def kept() -> Path | None:
-    """The file of heads that HSR_HEADS names, if it is there."""
-    path = Path(os.environ.get("HSR_HEADS", ""))
-    return path if path.is_file() else None
+    """The file of heads that HSR_HEADS names, if it names one."""
+    name = os.environ.get("HSR_HEADS")
+    if name and not Path(name).is_file():
+        raise ArgumentError(f"HSR_HEADS must name a file that python -m benchmarks.real_keys wrote; got {name}")
+    return Path(name) if name else None
 
 
 def keep(path: Path, found: Sequence[Layer], positions: Sequence[int]) -> None:
@@ -125,17 +124,19 @@ def pool(tokens: int, seed: int) -> Pool:
 
 
 def main() -> None:
-    """Write the file that HSR_HEADS names."""
+    """Write heads to a file that HSR_HEADS can name."""
     from benchmarks.decode_cpu_case import TEXT, known_positions
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_keys", description="Keep heads in a file.")
+    parser.add_argument("file", type=Path, help="where to")
     parser.add_argument("--layers", type=int, default=8, help="how many, evenly spaced (8)")
-    many, path = parser.parse_args().layers, os.environ.get("HSR_HEADS")
-    if not path:
-        parser.error("HSR_HEADS must name the file to write; got nothing")
+    options = parser.parse_args()
     positions = known_positions(TEXT)
     found = layers(TEXT, positions)
-    keep(Path(path), found[:: max(1, len(found) // many)][:many], positions)
+    if not 1 <= options.layers <= len(found):
+        parser.error(f"--layers must be 1 to {len(found)}; got {options.layers}")
+    chosen = np.linspace(0, len(found) - 1, options.layers).round().astype(int)
+    keep(options.file, [found[i] for i in chosen], positions)
 
 
 if __name__ == "__main__":

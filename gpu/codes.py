@@ -49,7 +49,7 @@ def generator(seed, step):
 
 @triton.jit
 def uniform(key, counter):
-    """``hsr.lifted_numba.uniform`` in units of 2 ** -UNIT, rounded down: int32."""
+    """`hsr.lifted_numba.number`: int32 in 0 .. 2 ** UNIT - 1."""
     return (mixed((counter.to(tl.uint32) * 0x9E3779B1) ^ key) >> 8).to(tl.int32)
 
 

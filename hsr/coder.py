@@ -46,7 +46,10 @@ class Layout:
     @cached_property
     def shift(self) -> int:
         """Last bits that a sum of codes times int8 loses to become int16: less than what rounding a query loses."""
-        return max(0, (127 * int((2**self.bits - 1).sum())).bit_length() - 15)
+        most, shift = 127 * int((2**self.bits - 1).sum()), 0
+        while (most + (1 << shift >> 1)) >> shift > np.iinfo(np.int16).max:
+            shift += 1
+        return shift
 
     @property
     def bits(self) -> np.ndarray:

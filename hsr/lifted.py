@@ -2,9 +2,10 @@
 
 One dimension up, key j is ``(k_j, lift_j, -ln u_j)`` with u_j uniform in (0, 1) and the query ``(q, 1, 1)``: the lifted
 half-space ``scale <q, k_j> + lift_j - ln u_j >= T`` reports key j with probability
-``pi_j = min(1, exp(scale <q, k_j> + lift_j - T))``.  Weights ``exp(scale <q, k_j>) / pi_j`` then make sums over the
-report unbiased, whatever stands for the score in pi_j: here an estimate from `hsr.coder`.  The G query heads of a
-key-value head share u and the list: ``pi_j`` is the largest of theirs.
+``pi_j = min(1, exp(scale <q, k_j> + lift_j - T))``, here rounded up to a multiple of 2^-24.  Weights
+``exp(scale <q, k_j>) / pi_j`` then make sums over the report unbiased, whatever stands for the score in pi_j: here an
+estimate from `hsr.coder`.  The G query heads of a key-value head share u and the list: ``pi_j`` is the largest of
+theirs.
 
 Two ways to draw.  *Independent*: u_j is a hash of (seed, head, step, j).  *Systematic*: one hash per block of 64 keys,
 and a key is drawn where the running sum of pi passes it; every key keeps its pi_j, counts in a block vary by less than

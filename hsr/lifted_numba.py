@@ -93,7 +93,7 @@ def _estimate(codes, words, tiles, factors, shift, span, estimates, tops, totals
 
 @njit(parallel=True, cache=True)
 def estimate(codes, words, tiles, slope, shift, spans, threads, estimates, tops, totals):
-    """Fill estimates; per task their largest (tops) and, within 3 %, the sum of exponentials relative to it (totals).
+    """Fill estimates; per task their largest (tops) and, within 4 %, the sum of exponentials relative to it (totals).
 
     codes (g, blocks, words, 64, 4), tiles (g, rows * tiles a row, 4, planes, 4), slope (g, rows, G) float64, the score
     of a sum of 1, whose last ``shift`` bits are not kept; spans (g, rows, 2) int64: the keys up for sampling, of others
@@ -126,9 +126,10 @@ def _expected(estimates, unit, threshold, span):
         for j in range(np.uint64(first), np.uint64(min(first + KEYS, span[1]))):
             off = unit * np.float32(estimates[j]) - threshold
             sure += np.int32(off >= 0)
-            total += exp32(min(off, np.float32(0.0)))
+            chance = exp32(min(off, np.float32(0.0)))
+            total += chance if off < 0 else np.float32(0.0)  # a sum of both would drown the chances that are small
         certain += sure
-        sampled += total - np.float32(sure)
+        sampled += total
     return certain, sampled
 
 

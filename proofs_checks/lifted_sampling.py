@@ -9,7 +9,7 @@ reported with probability ``pi_j = max_h min(1, exp(e_hj - T_h))``, independentl
 Conclusion.
 
     E What = W and E sum_j What_j v_j = sum_j exp(s_hj) v_j, for every head
-    E |report| <= sum_h exp(-T_h) sum_j exp(e_hj)
+    E |report| <= sum_h exp(-T_h) sum_j exp(e_hj), and n 2^-24 more where pi is rounded up to multiples of 2^-24
     Var What = sum_j exp(2 s_hj) (1 - pi_j) / pi_j <= exp(T_h) W E_p[exp(s_hj - e_hj)]
 
 With exact estimates and ``exp(T) = eps^2 W`` that is at most ``1 / eps^2`` keys a head, and a relative variance of at

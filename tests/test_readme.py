@@ -67,7 +67,7 @@ def test_the_performance_table_shows_the_best_of_each_side() -> None:
 
 def test_the_decode_table_shows_the_fastest_sample_of_each_size() -> None:
     head = {"cpu": "chip", "threads": 2, "commit": "0123456789abcdef", "command": "run", "device": "board"}
-    times = {"dense": 9.0, "sampled-32B": 2.0, "sampled-16B": 1.0, "sampled-16B+append": 0.5, "topr": 0.1}
+    times = {"dense": 9.0, "sampled-32B+append": 2.0, "sampled-16B+append": 1.0, "sampled-16B": 0.5, "topr": 0.1}
     shown = {"shape": "llama-3.1-8b", "n": 8192, "dtype": "float32", "dense_best_ms": 5.0, "rel_err": 0.009}
     cpu = [
         shown | {"policy": policy, "ms": ms, "speedup": 5.0 / ms, "keys_per_head": 1234.0}
@@ -83,12 +83,13 @@ def test_the_decode_table_shows_the_fastest_sample_of_each_size() -> None:
         "rel_err": 0.05,
         "union_keys": 700.4,
     }
-    gpu = [measured | {"n": n, "policy": policy} for n in (8192, 16384) for policy in ("fast", "quality")]
+    gpu = [measured | {"n": n, "policy": policy} for n in (16384, 32768) for policy in ("fast", "slow")]
     lines = decode(head | {"rows": cpu}, head | {"rows": gpu}).splitlines()
     assert lines[2:4] == [
         "| CPU | 8,192 | float32 | 5 ms | 1 ms | 5.0x | 0.90% | 1,234 |",
-        "| GPU | 16,384 | bfloat16 | 30 us | 10 us | 3.0x | 5.00% | 700 |",
+        "| GPU, fast | 32,768 | bfloat16 | 30 us | 10 us | 3.0x | 5.00% | 768 |",
     ]
-    assert lines[4] == ""
-    assert "chip" in lines[5]
-    assert "board" in lines[5]
+    assert lines[5] == ""
+    assert "chip" in lines[6]
+    assert "board" in lines[6]
+    assert "down to 2.5x on the CPU (d = 64) and 3.0x on the GPU" in lines[6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -52,11 +53,12 @@ def problems(draw: st.DrawFn) -> tuple[Problem, Sampled]:
     if draw(st.booleans()):
         q, k, v = (np.repeat(x, 2, axis=2)[:, :, ::2] for x in (q, k, v))  # not contiguous
     spend = draw(st.sampled_from(({"eps": 0.1}, {"eps": 0.9}, {"budget": 1.0}, {"budget": 40.0}, {"budget": 1e9})))
+    sinks, recent = draw(st.sampled_from(((0, 1), (0, 64), (0, 90), (1, 0), (4, 0), (4, 64), (100, 0), (100, 90))))
     policy = Sampled(
         **spend,
         bytes_per_key=draw(st.sampled_from((4, 8, 64))),
-        sinks=draw(st.sampled_from((0, 4, 100))),
-        recent=draw(st.sampled_from((0, 64, 90))),
+        sinks=sinks,
+        recent=recent,
         seed=draw(st.integers(0, 2**63 - 1)),
         redraw=draw(st.booleans()),
         draw=draw(st.sampled_from(sampled.DRAWS)),
@@ -250,6 +252,19 @@ def test_buffers_grow_geometrically() -> None:
     assert len(sizes) < 4 * 12
 
 
+@pytest.mark.parametrize("how", sampled.DRAWS)
+@pytest.mark.parametrize("certain", [{"sinks": 1, "recent": 0}, {"sinks": 0, "recent": 1}])
+def test_a_draw_of_nothing_leaves_what_is_certain(how: str, certain: dict[str, int]) -> None:
+    problem = like_heads(1, 1, 1, 257)
+    policy = Sampled(budget=1, redraw=False, draw=how, **certain)
+    for seed in range(40):
+        session = DecodeSession(problem.k, problem.v, policy=dataclasses.replace(policy, seed=seed))
+        result = session.attend(problem.q)
+        assert np.isfinite(result.output).all()
+        assert np.isfinite(result.lse).all()
+        assert not result.empty.any()
+
+
 # Edges ----------------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +308,7 @@ def test_scores_that_no_estimate_can_hold_are_refused() -> None:
         ({}, "Sampled needs either eps or budget; got eps=None, budget=None"),
         ({"eps": 0.1, "budget": 3}, "Sampled needs either eps or budget"),
         ({"eps": 0.0}, "eps must be in"),
+        ({"eps": 0.1, "sinks": 0, "recent": 0}, "sinks and recent must not both be 0"),
         ({"eps": 1.0}, "eps must be in"),
         ({"budget": 0.5}, r"budget must be in \[1.0, inf\); got 0.5"),
         ({"budget": math.inf}, "budget must be in"),

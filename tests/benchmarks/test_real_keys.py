@@ -24,12 +24,14 @@ def test_kept_heads_are_read_back(
     found: list[real_keys.Layer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "heads.npz"
-    monkeypatch.setenv("HSR_HEADS", str(path))
+    monkeypatch.delenv("HSR_HEADS", raising=False)
     assert real_keys.kept() is None
+    monkeypatch.setenv("HSR_HEADS", str(path))
+    with pytest.raises(ArgumentError, match="HSR_HEADS must name a file"):
+        real_keys.kept()
     real_keys.keep(path, found, POSITIONS)
     assert real_keys.kept() == path
-    assert real_keys.missing("accuracy") is None
-    read = real_keys.layers(10, POSITIONS)
+    read = real_keys.layers(10, POSITIONS, path)
     assert len(read) == 3
     for one, other in zip(found, read, strict=True):
         for wanted, part in zip(one, other, strict=True):
@@ -37,4 +39,4 @@ def test_kept_heads_are_read_back(
             assert np.array_equal(part, wanted.astype(np.float16).astype(np.float32))
     for tokens, positions in ((11, POSITIONS), (10, [3, 5]), (10, None)):
         with pytest.raises(ArgumentError, match=f"HSR_HEADS must name heads of {tokens} tokens"):
-            real_keys.layers(tokens, positions)
+            real_keys.layers(tokens, positions, path)

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import accuracy_case, decode_cpu_case, long_decode_case, measure, plots, real_keys, run
 from hsr import lifted_numba
+from hsr.rows import scratch
 
 LAYERS, HEADS, GROUPS, WIDTH = 2, 6, 2, 32
 
@@ -97,6 +98,7 @@ def test_long_decode_follows_a_session_as_it_grows(tmp_path: Path) -> None:
 def test_arrays_held_are_counted_once() -> None:
     array = np.zeros(1000)
     assert long_decode_case.held({"a": [array, array[5:]], "b": array.reshape(10, 100)}) == array.nbytes
+    assert long_decode_case.held(scratch(2, 50)) == 2 * 50 * (4 + 8), "made by numba"
     assert long_decode_case.held(["nothing", 7]) == 0
 
 
