@@ -108,6 +108,13 @@ def _mapped(records: Sequence[Any], change: Callable[[list[np.ndarray]], np.ndar
     return dataclasses.replace(records[0], **fields)
 
 
+def relative(error: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """A bound on an output's error and the output's norm -> the bound relative to the exact output's norm."""
+    left = size - error
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, np.where(left > 0, error / left, np.inf))
+
+
 def certify(
     output: np.ndarray,
     lse: np.ndarray,
@@ -138,8 +145,8 @@ def certify(
     summing = 2 * (reported + 16) * UNIT * farthest
     casting = ROUNDING[dtype] * size * (1 + 1e-6) + SMALLEST[dtype] * np.sqrt(output.shape[2])
     error = np.where(empty & (reported == 0), 0.0, (dropped + moved) * reach + summing + casting)
-    left = size - error
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(error == 0, 0.0, np.where(left > 0, error / left, np.inf))
         shift = -np.log1p(-dropped) - np.log1p(-moved) + 4 * UNIT * (reported + np.abs(lse))
-    return Certificate(kind, dropped, error, ratio, np.where(empty & (reported == 0), 0.0, shift), confidence)
+    return Certificate(
+        kind, dropped, error, relative(error, size), np.where(empty & (reported == 0), 0.0, shift), confidence
+    )

@@ -12,7 +12,7 @@ from scipy.special import gammaincinv, ndtri
 
 from attention import sampled_numba
 from attention.coded import Asked, Attended, by_head
-from attention.result import ROUNDING, SMALLEST, UNIT, Certificate
+from attention.result import ROUNDING, SMALLEST, UNIT, Certificate, relative
 from attention.values import Values
 from hsr import checks
 from hsr.errors import ArgumentError
@@ -137,9 +137,8 @@ class Sampled:
         casting = ROUNDING[dtype] * size * (1 + 1e-6) + SMALLEST[dtype] * np.sqrt(output.shape[2])
         summing = 16 * UNIT * (np.sqrt((centre**2).sum(axis=1)) + radius)[:, None]
         bound = spread + moved * reach + summing + casting
-        left = size - bound
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(bound == 0, 0.0, np.where(left > 0, bound / left, np.inf))
         doubt = ndtri((1 + self.confidence) / 2) * np.sqrt(variance / (draws + PRIOR))
         lse_error = doubt + error + sampled_numba.ROUNDING
-        return Certificate("statistical", np.full(lse.shape, np.nan), bound, ratio, lse_error, self.confidence)
+        return Certificate(
+            "statistical", np.full(lse.shape, np.nan), bound, relative(bound, size), lse_error, self.confidence
+        )

@@ -224,13 +224,16 @@ def _figures(policy: str, costs: list[Costs], shape: tuple[int, int, int]) -> Ro
         "keys_per_head": float(np.mean([cost.own for cost in costs])),
         "union_keys": union,
         "bytes_read": tokens * bytes_per_key + lists * union * 2 * ITEM * d,
-        "err_mean": float(errors.mean()),
-        "err_median": float(np.median(errors)),
-        "err_p90": float(np.percentile(errors, 90)),
-        "err_p99": float(np.percentile(errors, 99)),
+        **error_figures(errors),
         "held_output": output,
         "held_lse": lse,
     }
+
+
+def error_figures(errors: np.ndarray) -> Row:
+    """Mean and quantiles of relative errors (rows,)."""
+    median, p90, p99 = (float(np.percentile(errors, share)) for share in (50, 90, 99))
+    return {"err_mean": float(errors.mean()), "err_median": median, "err_p90": p90, "err_p99": p99}
 
 
 def _chances(lifted: np.ndarray, budget: float) -> np.ndarray:

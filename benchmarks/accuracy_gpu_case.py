@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks import decode_gpu_case, real_keys
+from benchmarks.accuracy_case import error_figures
 from benchmarks.decode_cpu_case import ASKED, known_positions
 from benchmarks.decode_gpu_case import exact_attention, exact_gate
 from benchmarks.gate import WrongAnswer
@@ -46,14 +47,10 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
             ours, oracle, union = (np.concatenate(column) for column in zip(*found, strict=True))
             head = {"tokens": tokens, "keys_per_head": draws.budget, "union_keys": float(union.mean())}
             for policy, errors, read in ((f"sampled-{name}-union", ours, size), ("oracle-topk-union", oracle, None)):
-                p50, p90, p99 = np.percentile(errors, [50, 90, 99])
                 yield head | {
                     "policy": policy,
                     "bytes_per_key": read,
-                    "err_mean": float(errors.mean()),
-                    "err_median": float(p50),
-                    "err_p90": float(p90),
-                    "err_p99": float(p99),
+                    **error_figures(errors),
                     "to_oracle_union": float(errors.mean() / oracle.mean()),
                 }
 

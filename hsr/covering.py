@@ -152,9 +152,9 @@ def _stretch(
     g, n, d = keys.shape
     low, high = np.full((g, d), np.inf), np.full((g, d), -np.inf)
     for first in range(0, n, SLICE):
-        y = np.matmul(_unit(keys[:, first : first + SLICE], exponents) - mean[:, None], key_map)
+        y = rotated(_unit(keys[:, first : first + SLICE], exponents), mean, key_map)
         low, high = np.minimum(low, y.min(axis=1)), np.maximum(high, y.max(axis=1))
-    y = np.matmul(_unit(keys[:, :: -(-n // SAMPLE)], exponents) - mean[:, None], key_map)
+    y = rotated(_unit(keys[:, :: -(-n // SAMPLE)], exponents), mean, key_map)
     middle = np.median(y, axis=1)
     spread = OUTLIER * 1.4826 * np.median(np.abs(y - middle[:, None]), axis=1)
     spread = np.where(spread > 0, spread, np.inf)  # more than half of the keys agree: nothing tells what is far out
