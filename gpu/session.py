@@ -14,7 +14,7 @@ from gpu.sampled import Draws, SampledCache
 from hsr.errors import ArgumentError
 
 
-def refuses(plan: Plan) -> str | None:
+def refuses(*, plan: Plan, **call: object) -> str | None:
     """Why the kernels cannot serve the plan; None if they can."""
     policy = plan.policy
     if not isinstance(policy, Sampled):

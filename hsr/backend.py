@@ -35,7 +35,7 @@ class Row:
             if importlib.util.find_spec(package) is None:
                 return f"needs the package {package}, which is not installed"
         module = importlib.import_module(self.module)
-        return module.refuses(**call) if hasattr(module, "refuses") else None
+        return module.refuses(device=device, **call) if hasattr(module, "refuses") else None
 
     def function(self) -> Callable[..., Any]:
         """The function that serves the operation; it is named like the operation."""
@@ -79,6 +79,33 @@ ROWS = (
         "sampled decode in four launches",
         "n codes, k keys",
         ("torch", "triton"),
+    ),
+    Row(
+        "kmeans",
+        "faiss",
+        "gpu.kmeans_faiss",
+        "any",
+        "clusters of keys, a clustering per head; tensors",
+        "k centroids for each of n keys, per iteration",
+        ("torch", "faiss"),
+    ),
+    Row(
+        "candidates",
+        "faiss-knn",
+        "gpu.knn_faiss",
+        "any",
+        "top-k by float32 scores; batches of queries; tensors",
+        "n keys",
+        ("torch", "faiss"),
+    ),
+    Row(
+        "candidates",
+        "faiss-ivf",
+        "gpu.ivf_faiss",
+        "any",
+        "approximate top-k from inverted lists, nothing guaranteed; tensors",
+        "nlist centroids, about n nprobe / nlist keys",
+        ("torch", "faiss"),
     ),
 )
 
