@@ -1,1 +1,1 @@
-"""Triton kernels of sampled decode and their launchers; `hsr.backend` leads here where arrays lie on a GPU."""
+"""Triton kernels of sampled decode with their launchers, and faiss over tensors; `hsr.backend` leads here."""

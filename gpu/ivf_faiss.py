@@ -8,7 +8,7 @@ from typing import Any
 import faiss
 import torch
 
-from gpu.faiss_gpu import Found, Layout, keys_of, resources
+from gpu.faiss_gpu import MOST, Found, Layout, keys_of, resources
 from gpu.faiss_gpu import refuses as refuses
 from hsr.checks import whole
 
@@ -16,11 +16,11 @@ from hsr.checks import whole
 class Inverted:
     """See `candidates`."""
 
-    def __init__(self, keys: torch.Tensor, nlist: int | None, nprobe: int, seed: int) -> None:
+    def __init__(self, keys: torch.Tensor, nlist: int | None, nprobe: int | None, seed: int) -> None:
         blocks, self.layout = keys_of(keys)
         default = math.isqrt(self.layout.n)
         self.nlist = default if nlist is None else whole("nlist", nlist, 1, self.layout.n)
-        self.nprobe = self._probes(nprobe)
+        self.nprobe = min(-(-self.nlist // 8), MOST) if nprobe is None else self._probes(nprobe)
         seed = whole("seed", seed, 0, 2**31 - 1)
         with resources(self.layout.device) as held:
             self._indexes = [self._built(held, block.float(), seed) for block in blocks]
@@ -69,7 +69,7 @@ class Inverted:
         return index
 
 
-def candidates(keys: torch.Tensor, *, nlist: int | None = None, nprobe: int = 8, seed: int = 0) -> Inverted:
+def candidates(keys: torch.Tensor, *, nlist: int | None = None, nprobe: int | None = None, seed: int = 0) -> Inverted:
     """keys (n, d) or (g, n, d), float32, float16 or bfloat16 -> what answers ``search(queries, k, nprobe=None)``.
 
     Candidates are approximate and nothing is guaranteed: a key of a list that is not probed is missed.  With nprobe =
@@ -79,7 +79,7 @@ def candidates(keys: torch.Tensor, *, nlist: int | None = None, nprobe: int = 8,
     Args:
         keys: as for `gpu.knn_faiss.candidates`, but copied.
         nlist: clusters per head, 1..n; None for the square root of n.
-        nprobe: lists that a search scores, 1..nlist, unless it says otherwise.
+        nprobe: lists that a search scores unless it says otherwise, 1..nlist; None for an eighth of them.
         seed: of the clustering.
 
     Raises:

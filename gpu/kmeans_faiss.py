@@ -1,8 +1,8 @@
 """k-means of keys, one clustering for each key-value head: faiss finds the nearest centroids, torch takes the means.
 
-This is Lloyd's loop over `faiss.knn` and `faiss.knn_gpu`.  The loop that faiss ships for tensors,
-`faiss.contrib.torch.clustering`, fetches the assignment to the host in each iteration, sums float16 in float16 and prints
-whatever it is told; the tests hold this one against it.
+This is Lloyd's loop over `faiss.knn` and `faiss.knn_gpu`.  The loop that faiss ships for tensors, in
+`faiss.contrib.torch.clustering`, fetches the assignment to the host in each iteration, sums float16 in float16 and
+prints whatever it is told; the tests hold this one against it.
 """
 
 from __future__ import annotations
