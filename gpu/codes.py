@@ -83,6 +83,17 @@ def span(n, sinks, recent):
 
 
 @triton.jit
+def places(o, PAGES, batch, most, stride, page_stride, PAGE: tl.constexpr):
+    """Offsets, int64, of tokens o of a sequence: every ``stride``, or in pages of PAGE tokens, ``most`` a sequence."""
+    if PAGE == 0:
+        found = o.to(tl.int64) * stride
+    else:
+        page = tl.load(PAGES + batch * most + o // PAGE)
+        found = page.to(tl.int64) * page_stride + (o % PAGE).to(tl.int64) * stride
+    return found
+
+
+@triton.jit
 def plane_pair(p, ASM: tl.constexpr):
     """Bytes as int8 -> low and high nibbles, int8 in 0..15."""
     if ASM:

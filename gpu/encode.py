@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu.codes import BLOCK, after_predecessor
+from gpu.codes import BLOCK, after_predecessor, places
 
 
 @triton.jit
@@ -40,12 +40,12 @@ def _block_codes(
 
 @triton.jit
 def encode(
-    K, V, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, k_b, k_h, k_n, v_b, v_h, v_n, room, heads, scale,
-    D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr, PLANES: tl.constexpr,
+    K, V, PAGES, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, k_b, k_h, k_n, k_p, v_b, v_h, v_n, v_p, most, room, heads,
+    scale, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr, PLANES: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Code blocks of 64 keys; grid (blocks, B * heads), CODES (B * heads, room, ROW) uint8, ROW at most R.
 
-    K, V (B, heads, n, D) by strides; MAP (B * heads, PLANES, D + 1, R), MEAN (.., D + 1), CENTRE (.., D), FLOOR (..,),
+    K, V (B, heads, n, D) by strides, in pages of PAGE tokens if that is not 0 (see `gpu.codes.places`); MAP (B * heads, PLANES, D + 1, R), MEAN (.., D + 1), CENTRE (.., D), FLOOR (..,),
     HALF and TOP (PLANES, R), all float32: `gpu.planes.Planes` and the values' `attention.values.Values.lift`.
     """
     block = tl.program_id(0)
@@ -55,17 +55,19 @@ def encode(
     o = block * BLOCK + tl.arange(0, BLOCK)
     batch = (head // heads).to(tl.int64)
     inner = (head % heads).to(tl.int64)
-    row = o[:, None].to(tl.int64)
-    k = tl.load(K + batch * k_b + inner * k_h + row * k_n + d[None, :]).to(tl.float32)
-    v = tl.load(V + batch * v_b + inner * v_h + row * v_n + d[None, :]).to(tl.float32)
+    k_row = places(o, PAGES, batch, most, k_n, k_p, PAGE)[:, None]
+    v_row = places(o, PAGES, batch, most, v_n, v_p, PAGE)[:, None]
+    k = tl.load(K + batch * k_b + inner * k_h + k_row + d[None, :]).to(tl.float32)
+    v = tl.load(V + batch * v_b + inner * v_h + v_row + d[None, :]).to(tl.float32)
     codes = _block_codes(k, v, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, head, scale, D, R, PLANES)
     tl.store(CODES + (head.to(tl.int64) * room + o[:, None]) * ROW + r[None, :], codes, mask=r[None, :] < ROW)
 
 
 @triton.jit
 def write_token(
-    n, head, NEW_K, NEW_V, K, V, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, a_b, a_h, b_b, b_h, k_b, k_h, k_n, v_b,
-    v_h, v_n, room, heads, scale, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr, PLANES: tl.constexpr,
+    n, head, NEW_K, NEW_V, K, V, PAGES, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, a_b, a_h, b_b, b_h, k_b, k_h, k_n,
+    k_p, v_b, v_h, v_n, v_p, most, room, heads, scale, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr,
+    PLANES: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Write a head's token at position n < room and, where it fills a block, the block's codes."""
     d = tl.arange(0, D)
@@ -76,14 +78,15 @@ def write_token(
     values = V + batch * v_b + inner * v_h
     new_k = tl.load(NEW_K + batch * a_b + inner * a_h + d)
     new_v = tl.load(NEW_V + batch * b_b + inner * b_h + d)
-    tl.store(keys + n.to(tl.int64) * k_n + d, new_k)
-    tl.store(values + n.to(tl.int64) * v_n + d, new_v)
+    tl.store(keys + places(n, PAGES, batch, most, k_n, k_p, PAGE) + d, new_k)
+    tl.store(values + places(n, PAGES, batch, most, v_n, v_p, PAGE) + d, new_v)
     if n % BLOCK == BLOCK - 1:
         o = n - BLOCK + 1 + tl.arange(0, BLOCK)
         old = (o < n)[:, None]  # the new row is taken from registers: its store may not have landed
-        row = o[:, None].to(tl.int64)
-        k = tl.load(keys + row * k_n + d[None, :], mask=old, other=0.0)
-        v = tl.load(values + row * v_n + d[None, :], mask=old, other=0.0)
+        k_row = places(o, PAGES, batch, most, k_n, k_p, PAGE)[:, None]
+        v_row = places(o, PAGES, batch, most, v_n, v_p, PAGE)[:, None]
+        k = tl.load(keys + k_row + d[None, :], mask=old, other=0.0)
+        v = tl.load(values + v_row + d[None, :], mask=old, other=0.0)
         k = tl.where(old, k, new_k[None, :]).to(tl.float32)
         v = tl.where(old, v, new_v[None, :]).to(tl.float32)
         codes = _block_codes(k, v, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, head, scale, D, R, PLANES)
@@ -92,9 +95,9 @@ def write_token(
 
 @triton.jit
 def append(
-    NEW_K, NEW_V, K, V, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, STATUS, a_b, a_h, b_b, b_h, k_b, k_h, k_n,
-    v_b, v_h, v_n, room, heads, scale, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr,
-    PLANES: tl.constexpr, PDL: tl.constexpr,
+    NEW_K, NEW_V, K, V, PAGES, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, STATUS, a_b, a_h, b_b, b_h, k_b,
+    k_h, k_n, k_p, v_b, v_h, v_n, v_p, most, room, heads, scale, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr,
+    PLANES: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add one token; grid (B * heads,).
 
@@ -106,8 +109,8 @@ def append(
     n = tl.load(LENGTHS + head)
     if n < room:
         write_token(
-            n, head, NEW_K, NEW_V, K, V, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, a_b, a_h, b_b, b_h, k_b, k_h, k_n,
-            v_b, v_h, v_n, room, heads, scale, D, R, ROW, PLANES,
+            n, head, NEW_K, NEW_V, K, V, PAGES, MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, a_b, a_h, b_b, b_h, k_b,
+            k_h, k_n, k_p, v_b, v_h, v_n, v_p, most, room, heads, scale, D, R, ROW, PLANES, PAGE,
         )  # fmt: skip
         tl.store(LENGTHS + head, n + 1)
     else:

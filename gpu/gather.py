@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu.codes import LINE, LOG2E, after_predecessor, entry, length, span
+from gpu.codes import LINE, LOG2E, after_predecessor, entry, length, places, span
 
 CROWDED = tl.constexpr(0)  # columns of STATUS: more keys than expected, chances were lowered on the way;
 OVERFLOW = tl.constexpr(1)  # still more than the list can hold, all keys were read;
@@ -29,15 +29,16 @@ def _extent(n, count, cap, floor, sinks, recent):
 
 @triton.jit
 def gather(
-    Q, K, V, DRAWN, COUNTS, LENGTHS, PARTS, SUMS, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n, room, cap, sinks, recent,
-    floor, scale, heads, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    GROW: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    Q, K, V, PAGES, DRAWN, COUNTS, LENGTHS, PARTS, SUMS, q_b, q_h, k_b, k_h, k_n, k_p, v_b, v_h, v_n, v_p, most, room,
+    cap, sinks, recent, floor, scale, heads, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, PAGE: tl.constexpr, GROW: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Part of a head's keys; grid (splits, B * heads).  Counts stay on the device, parts are cut evenly from them.
 
     A drawn key's logit is lowered by ``log2 pi``, which weighs it by 1 / pi; the others have pi = 1.
 
-    Q (B, heads * G, D), K, V (B, heads, n, D) by strides, rows contiguous -> PARTS (B * heads, splits, G, D) float32,
+    Q (B, heads * G, D), K, V (B, heads, n, D) by strides, rows contiguous, or
+    in pages of PAGE tokens (see `gpu.codes.places`) -> PARTS (B * heads, splits, G, D) float32,
     normalised, not written where empty, and SUMS (B * heads, splits, G) float32, base-2 log-sums, -inf where empty.
     """
     part = tl.program_id(0)
@@ -68,9 +69,11 @@ def gather(
         listed = ok & (o >= known)
         found, log = entry(tl.load(drawn + (o - known), mask=listed, other=CERTAIN), ASM)
         index = tl.where(listed, found, tl.where(o < start, o, o + shift))
-        row = tl.where(ok, index, 0).to(tl.int64)
-        k = tl.load(keys + row[:, None] * k_n + d[None, :], mask=ok[:, None], other=0.0)
-        v = tl.load(values + row[:, None] * v_n + d[None, :], mask=ok[:, None], other=0.0)
+        index = tl.where(ok, index, 0)
+        k_row = places(index, PAGES, batch, most, k_n, k_p, PAGE)[:, None]
+        v_row = places(index, PAGES, batch, most, v_n, v_p, PAGE)[:, None]
+        k = tl.load(keys + k_row + d[None, :], mask=ok[:, None], other=0.0)
+        v = tl.load(values + v_row + d[None, :], mask=ok[:, None], other=0.0)
         s = tl.dot(q, tl.trans(k)) * (scale * LOG2E) - log[None, :]
         s = tl.where(ok[None, :], s, -float("inf"))
         higher = tl.maximum(m, tl.max(s, 1))  # finite: the first key of a tile is always ok

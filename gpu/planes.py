@@ -22,6 +22,7 @@ from hsr.errors import ArgumentError
 SHIFTS = (0, 4, 2, 6)  # nibble columns use the first two
 ROWS = (16, 24, 32, 48, 64, 96, 128)  # bytes that a row of codes may have
 WIDTHS = (4, 2)  # bits of a code that the kernels know
+GRAIN = {8: 1, 4: 4, 2: 2, 1: 1}  # words of a width come in so many: whole products of 16 keys by 32 axes
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def fitted(
         raise ArgumentError(f"bytes_per_key must be one of {', '.join(map(str, ROWS))} on cuda; got {row}")
     lifted = np.concatenate([keys, lift[..., None] / scale], axis=2)
     known = None if queries is None else np.concatenate([queries, np.ones((*queries.shape[:2], 1))], axis=2)
-    return planes_of(fit(lifted, row, known, widths), scale)
+    return planes_of(fit(lifted, row, known, widths, GRAIN), scale)
 
 
 def planes_of(coder: Coder, scale: float) -> Planes:

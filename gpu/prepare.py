@@ -66,13 +66,13 @@ def _normal_place(rho, deviation, target):
 
 @triton.jit
 def _thresholds(
-    Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, COUNTS, QUERIES, SIGMA, TAU, LENGTHS, stride_b, stride_h, budget, room,
+    Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, BUDGET, COUNTS, QUERIES, SIGMA, TAU, LENGTHS, stride_b, stride_h, room,
     sinks, recent, head, heads, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     PLANES: tl.constexpr, GROW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Quantise the G queries of a key-value head and set their thresholds.
 
-    A threshold lies where it would draw ``budget`` keys on average, were the head's estimated scores normal; their mean
+    A threshold lies where it would draw BUDGET keys on average, were the head's estimated scores normal; their mean
     and deviation follow from the query and the codes' means and variances, axis by axis.  They are not normal, so the
     number aimed at is the budget times 2 ** TRIM, the query head's own, which moves from step to step by how many keys
     the last threshold drew on average, FOUND / PARTS, against the budget.  The logarithm of that number falls by at
@@ -80,7 +80,7 @@ def _thresholds(
     the sums unbiased, because it does not depend on the step's own draw.  A budget beyond all keys draws them all.
 
     Q (B, heads * G, D) by strides, rows contiguous; MAP (B * heads, PLANES, D + 1, R), MEANS, SPREADS (.., PLANES, R)
-    float32; FOUND (.., LINE) int32, negative where the last step is no measure -> QUERIES (.., PLANES, GP, R) int8,
+    float32; BUDGET (.., GP) float32; FOUND (.., LINE) int32, negative where the last step is no measure -> QUERIES (.., PLANES, GP, R) int8,
     SIGMA, TAU (.., GP) float32; TRIM and RHO (its place, in deviations) moved, FOUND and
     COUNTS zero.
     """
@@ -92,6 +92,7 @@ def _thresholds(
     rho = tl.load(RHO + head * GP + g)
     trim = tl.load(TRIM + head * GP + g)
     found = tl.load(FOUND + head * LINE + g)
+    budget = tl.load(BUDGET + head * GP + g)
     start, stop = span(length(LENGTHS, head, room, GROW), sinks, recent)
     maps = MAP + head.to(tl.int64) * (PLANES * (D + 1) * R)
     z0 = _plane(q, maps, 0, D, R)
@@ -131,11 +132,11 @@ def _thresholds(
 
 @triton.jit
 def prepare(
-    Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, budget, sinks, recent,
-    NEW_K, NEW_V, K, V, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, a_b, a_h, b_b, b_h, k_b, k_h, k_n,
-    v_b, v_h, v_n, room,
-    heads, scale, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ROW: tl.constexpr,
-    PLANES: tl.constexpr, GROW: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, BUDGET, COUNTS, QUERIES, SIGMA, TAU, stride_b, stride_h, sinks, recent,
+    NEW_K, NEW_V, K, V, PAGES, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, LENGTHS, a_b, a_h, b_b, b_h, k_b, k_h,
+    k_n, k_p, v_b, v_h, v_n, v_p, most, room, heads, scale, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+    R: tl.constexpr, ROW: tl.constexpr, PLANES: tl.constexpr, PAGE: tl.constexpr, GROW: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Thresholds of every head and, in a growing step, beside them its new token.
 
@@ -147,13 +148,13 @@ def prepare(
     successor_may_start(PDL)
     if tl.program_id(1) == 0:
         _thresholds(
-            Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, COUNTS, QUERIES, SIGMA, TAU, LENGTHS, stride_b, stride_h, budget,
+            Q, MAP, MEANS, SPREADS, FOUND, TRIM, RHO, BUDGET, COUNTS, QUERIES, SIGMA, TAU, LENGTHS, stride_b, stride_h,
             room, sinks, recent, head, heads, G, GP, D, R, PLANES, GROW, ASM,
         )  # fmt: skip
     else:
         n = tl.load(LENGTHS + head)
         if n < room:
             write_token(
-                n, head, NEW_K, NEW_V, K, V, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, a_b, a_h, b_b, b_h, k_b,
-                k_h, k_n, v_b, v_h, v_n, room, heads, scale, D, R, ROW, PLANES,
+                n, head, NEW_K, NEW_V, K, V, PAGES, KEY_MAP, MEAN, CENTRE, FLOOR, HALF, TOP, CODES, a_b, a_h, b_b, b_h,
+                k_b, k_h, k_n, k_p, v_b, v_h, v_n, v_p, most, room, heads, scale, D, R, ROW, PLANES, PAGE,
             )  # fmt: skip

@@ -1,22 +1,26 @@
 """Sampled decode attention on the GPU: buffers of fixed size and the launches of one step.
 
-A step is four launches: prepare, scan, gather, merge; the new token is written by the first.  Nothing is read back by
-the host and nothing is allocated, so that a step can be captured in a CUDA graph and replayed while the cache grows.
+A step is one launch of CUDA C++ (`gpu.step`) where that has a form for it, and otherwise four of Triton: prepare, scan,
+gather, merge.  Nothing is read back by the host and nothing is allocated, so that a step can be captured in a CUDA graph
+and replayed while the cache grows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import triton
 
-from gpu import encode, gather, planes, prepare, scan
+from gpu import encode, gather, planes, prepare, scan, tokens
 from gpu.codes import INTERPRETED
 from gpu.codes import LINE as COUNTERS
+from gpu.step import Step
+from gpu.tokens import Tokens
 from hsr import checks
 from hsr.coded_scan import KEYS as BLOCK
 from hsr.coder import SAMPLE
@@ -46,6 +50,7 @@ class Tuning:
     gather_stages: int = 1
     resident: int = 4  # gathering programs per multiprocessor
     overlap: bool = True  # of a kernel's start with its predecessor's end
+    single: bool = True  # one launch, where it has a form
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class SampledCache:
     """Keys and values of one layer with their codes, and the buffers of a decode step.
 
     Args:
-        k, v: (B, g, n, d) float16 or bfloat16, d 64, 128 or 256, copied.
+        k, v: (B, g, n, d) float16 or bfloat16, d 64, 128 or 256, copied; `adopted` tokens are used in place instead.
         heads: h, query heads, a multiple of g, at most 16 times it.
         draws: what to draw.
         scale: of the scores.
@@ -102,67 +107,149 @@ class SampledCache:
         coded: planes.Planes | None = None,
         tuning: Tuning = Tuning(),
     ) -> None:
-        _check(k, v, heads, draws)
-        B, g, n, d = k.shape
-        self.draws, self.scale, self.tuning = draws, scale, tuning
-        self.batch, self.groups, self.width, self.per = B, g, d, heads // g
+        _check(k, v, heads, k.shape[1] if k.ndim == 4 else 0, draws)
+        self._build(Tokens(k, v, room), k.shape[2], heads, draws, scale, lengths, queries, coded, tuning)
+
+    @classmethod
+    def adopted(
+        cls,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        draws: Draws,
+        scale: float,
+        *,
+        lengths: Any,
+        pages: torch.Tensor | None = None,
+        queries: torch.Tensor | None = None,
+        coded: planes.Planes | None = None,
+        tuning: Tuning = Tuning(),
+    ) -> SampledCache:
+        """A cache over tokens that lie elsewhere; appended ones are written there, too.
+
+        Args:
+            k, v: buffers (B, g, room, d) of any strides with contiguous rows; or, with pages, pools (count, page, g, d).
+            lengths: (B,) tokens that each sequence has.
+            pages: (B, most) int32, the pages of each sequence in order, 1, 2, 4, .. 64 tokens a page; a row names valid
+                pages throughout, those not yet in use too.
+
+        The others are as for the class.
+
+        Raises:
+            ArgumentError: as for the class, or a layout that the kernels cannot read.
+        """
+        _check(k, v, heads, (k.shape[1] if pages is None else k.shape[2]) if k.ndim == 4 else 0, draws)
+        cache = cls.__new__(cls)
+        cache._build(Tokens.adopted(k, v, pages), None, heads, draws, scale, lengths, queries, coded, tuning)
+        return cache
+
+    def _build(
+        self,
+        held: Tokens,
+        given: int | None,
+        heads: int,
+        draws: Draws,
+        scale: float,
+        lengths: Any,
+        queries: torch.Tensor | None,
+        coded: planes.Planes | None,
+        tuning: Tuning,
+    ) -> None:
+        sizes = tokens.sizes(lengths, held, given)
+        self.tokens, self.draws, self.scale, self.tuning = held, draws, scale, tuning
+        self.listing = False  # whether the drawn keys are left in `drawn`, for `gpu.spread`; four launches always do
+        self.batch, self.groups, self.width, self.per = held.batch, held.groups, held.width, heads // held.groups
         self.padded = 8 if self.per <= 8 else 16
-        self.room = -(-checks.whole("room", n + n // 4 if room is None else room, n) // BLOCK) * BLOCK
-        self._device, self._dtype = k.device, k.dtype
-        self.cache = torch.zeros(B, g, self.room, 2, d, dtype=k.dtype, device=k.device)  # a token's key, then its value
-        self.keys, self.values = self.cache[..., 0, :], self.cache[..., 1, :]
-        self.keys[:, :, :n], self.values[:, :, :n] = k, v
-        sizes = checks.lengths("lengths", lengths, (B,), n, least=1)
-        self.lengths = torch.from_numpy(np.repeat(sizes, g)).to(k.device, torch.int32)
+        self._device = held.keys.device
+        self.lengths = torch.from_numpy(np.repeat(sizes, self.groups)).to(self._device, torch.int32)
         self._fit(sizes, queries, coded)
         self._allocate()
-        blocks = n // BLOCK
+        blocks = int(sizes.max()) // BLOCK
         if blocks:
-            encode.encode[(blocks, B * g)](
-                self.keys, self.values, *self._maps, self.codes, *self._strides(), self.room, g, scale, d,
-                self.planes.columns, self.planes.row, self.planes.count, num_warps=4,
+            encode.encode[(blocks, self.batch * self.groups)](
+                *self._cache, *self._maps, self.codes, *held.strides, held.most, held.room, self.groups, scale,
+                self.width, self.planes.columns, self.planes.row, self.planes.count, held.page, num_warps=4,
             )  # fmt: skip
-        self._measure(blocks * BLOCK)
+        self._measure(sizes)
+        self._step: Step | None = None
 
-    def _measure(self, coded: int) -> None:
+    @property
+    def keys(self) -> torch.Tensor:
+        """Keys (B, g, room, d), or the pool of them."""
+        return self.tokens.keys
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Values (B, g, room, d), or the pool of them."""
+        return self.tokens.values
+
+    @property
+    def room(self) -> int:
+        """Tokens that a sequence can hold."""
+        return self.tokens.room
+
+    @property
+    def single(self) -> bool:
+        """Whether a step is one launch."""
+        if self.tuning.single and self._step is None and Step.serves(self):
+            self._step = Step(self)
+        return self._step is not None
+
+    @property
+    def _cache(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and the pages' table; lengths stand for one that no kernel reads."""
+        held = self.tokens
+        return held.keys, held.values, self.lengths if held.pages is None else held.pages
+
+    def _measure(self, sizes: np.ndarray) -> None:
         """Means and variances of the codes in every column, and where thresholds are searched from."""
         heads, shape = self.batch * self.groups, self.planes
-        rows = torch.arange(min(coded, SAMPLE), device=self._device) * coded // max(min(coded, SAMPLE), 1)
-        codes = self.codes[:, rows].int()
+        coded = sizes // BLOCK * BLOCK
+        at = self._evenly(coded).flatten(0, 1)[..., None].expand(heads, -1, shape.row)
+        codes = self.codes.gather(1, at).int()
         shifts = torch.tensor(planes.SHIFTS[: shape.count], device=self._device)
         top = torch.from_numpy(shape.top[:, : shape.row]).to(self._device).int()
         parts = ((codes[:, None] >> shifts[:, None, None]) & top[:, None]).float()  # (heads, P, rows, row)
         self.means, self.spreads = torch.zeros(
             2, heads, shape.count, shape.columns, dtype=torch.float32, device=self._device
         )
-        if coded:
+        if coded.any():
             self.means[..., : shape.row] = parts.mean(2)
             self.spreads[..., : shape.row] = parts.var(2, correction=0)
         self.rho = torch.full((heads, self.padded), 3.0, device=self._device)
         self.trim = torch.zeros(heads, self.padded, device=self._device)
 
-    def _fit(self, sizes: np.ndarray, queries: torch.Tensor | None, coded: planes.Planes | None) -> None:
-        """Centre, floor and maps from evenly spaced tokens of each sequence."""
-        B, g, d = self.batch, self.groups, self.width
+    def _evenly(self, sizes: np.ndarray) -> torch.Tensor:
+        """(B, g, at most SAMPLE) int64: positions evenly spaced among the first tokens, sizes (B,), of each sequence."""
         many = min(SAMPLE, int(sizes.max()))
-        at = torch.from_numpy(np.arange(many) * sizes[:, None] // many).to(self._device)
-        index = at[:, None, :, None].expand(B, g, many, d)
-        keys, values = (part.gather(2, index).float().reshape(B * g, many, d) for part in (self.keys, self.values))
+        at = torch.from_numpy(np.arange(many) * sizes[:, None] // max(many, 1)).to(self._device)
+        return at[:, None].expand(self.batch, self.groups, many)
+
+    def _fit(self, sizes: np.ndarray, queries: torch.Tensor | None, coded: planes.Planes | None) -> None:
+        """Centre, floor, directions and maps from evenly spaced tokens of each sequence."""
+        heads, d = self.batch * self.groups, self.width
+        at = self._evenly(sizes)
+        keys, values = (self.tokens.rows(part, at).float().reshape(heads, -1, d) for part in (self.keys, self.values))
         centre = values.mean(1)
-        distance = (values - centre[:, None]).norm(dim=2)
-        floor = NEAR * distance.square().mean(1).sqrt() + TINY
+        values -= centre[:, None]
+        distance = values.norm(dim=2)
+        self.distance = distance.square().mean(1).sqrt() + TINY  # (heads,)
+        moment = values.mT @ values
+        self.directions = moment.diagonal(dim1=1, dim2=2).sum(1).square() / (moment.square().sum((1, 2)) + TINY)
+        floor = NEAR * self.distance
         lift = torch.maximum(distance, floor[:, None]).log()
         known = None
         if queries is not None:
-            known = queries.float().reshape(B * g, -1, d).cpu().numpy()
+            known = queries.float().reshape(heads, -1, d).cpu().numpy()
         found = coded or planes.fitted(
             keys.cpu().numpy(), lift.cpu().numpy(), self.scale, self.draws.bytes_per_key, known, self.draws.widths
         )
         self.planes = found
         self._query_map = torch.from_numpy(found.query_map).to(self._device)
+        self.centre = centre.contiguous()  # (heads, d)
         maps = (torch.from_numpy(part).to(self._device) for part in (found.key_map, found.mean))
         levels = (torch.from_numpy(part).to(self._device) for part in (found.half, found.top))
-        self._maps = (*maps, centre.contiguous(), floor.contiguous(), *levels)
+        self._maps = (*maps, self.centre, floor.contiguous(), *levels)
 
     def _allocate(self) -> None:
         heads, per, d, row = self.batch * self.groups, self.per, self.width, self.planes.row
@@ -175,6 +262,7 @@ class SampledCache:
             return torch.zeros(*shape, dtype=dtype, device=self._device)
 
         self.codes = new(heads, self.room, row, dtype=torch.uint8)
+        self.budget = torch.full((heads, self.padded), float(budget), device=self._device)
         self.queries = new(heads, self.planes.count, self.padded, self.planes.columns, dtype=torch.int8)
         self.sigma, self.tau = new(2, heads, self.padded, dtype=torch.float32)
         self.drawn, self.counts = new(heads, self.cap, dtype=torch.int64), new(heads, int(COUNTERS.value))
@@ -190,14 +278,10 @@ class SampledCache:
         if room <= self.room:
             return
         room = -(-room // BLOCK) * BLOCK
-        cache = self.cache.new_zeros(*self.cache.shape[:2], room, *self.cache.shape[3:])
         codes = self.codes.new_zeros(self.codes.shape[0], room, self.codes.shape[2])
-        cache[:, :, : self.room], codes[:, : self.room] = self.cache, self.codes
-        self.cache, self.codes, self.room = cache, codes, room
-        self.keys, self.values = cache[..., 0, :], cache[..., 1, :]
-
-    def _strides(self) -> tuple[int, ...]:
-        return (*self.keys.stride()[:3], *self.values.stride()[:3])
+        codes[:, : self.room] = self.codes
+        self.tokens.reserve(room)
+        self.codes = codes
 
     @property
     def _overlap(self) -> dict[str, bool]:
@@ -209,10 +293,11 @@ class SampledCache:
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """One token: k, v (B, g, d), rows contiguous.  Nothing is checked; a full cache counts it in ``status``."""
+        held = self.tokens
         encode.append[(self.batch * self.groups,)](
-            k, v, self.keys, self.values, *self._maps, self.codes, self.lengths, self.status, *k.stride()[:2],
-            *v.stride()[:2], *self._strides(), self.room, self.groups, self.scale, self.width, self.planes.columns,
-            self.planes.row, self.planes.count, **self._overlap, **self._launch, num_warps=4,
+            k, v, *self._cache, *self._maps, self.codes, self.lengths, self.status, *k.stride()[:2], *v.stride()[:2],
+            *held.strides, held.most, held.room, self.groups, self.scale, self.width, self.planes.columns,
+            self.planes.row, self.planes.count, held.page, **self._overlap, **self._launch, num_warps=4,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, output: torch.Tensor) -> None:
@@ -228,42 +313,46 @@ class SampledCache:
     def launches(
         self, q: torch.Tensor, output: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None
     ) -> Iterator[Callable[[], object]]:
-        """The four launches of a step, in order: prepare, scan, gather, merge."""
-        heads, shape, tune, draws = self.batch * self.groups, self.planes, self.tuning, self.draws
+        """The launches of a step, in order: all in one, or prepare, scan, gather and merge."""
+        if self.single:
+            assert self._step is not None
+            yield partial(self._step, q, output, k, v)
+            return
+        heads, shape, tune, draws, held = self.batch * self.groups, self.planes, self.tuning, self.draws, self.tokens
         both = self._overlap | self._launch
         asm, grow = not INTERPRETED, int(k is not None)
-        new_k, new_v = (self.keys[:, :, 0], self.values[:, :, 0]) if k is None or v is None else (k, v)
+        new_k, new_v = (q, q) if k is None or v is None else (k, v)
         yield lambda: prepare.prepare[(heads, 1 + grow)](
-            q, self._query_map, self.means, self.spreads, self.found, self.trim, self.rho, self.counts, self.queries,
-            self.sigma, self.tau, *q.stride()[:2], float(draws.budget), draws.sinks, draws.recent, new_k, new_v,
-            self.keys, self.values, *self._maps, self.codes, self.lengths, *new_k.stride()[:2], *new_v.stride()[:2],
-            *self._strides(), self.room, self.groups, self.scale, self.per, self.padded, self.width, shape.columns,
-            shape.row, shape.count, grow,
-            asm, num_warps=max(tune.prepare_warps, shape.columns * self.width // 2048), **both,
+            q, self._query_map, self.means, self.spreads, self.found, self.trim, self.rho, self.budget, self.counts,
+            self.queries, self.sigma, self.tau, *q.stride()[:2], draws.sinks, draws.recent, new_k, new_v, *self._cache,
+            *self._maps, self.codes, self.lengths, *new_k.stride()[:2], *new_v.stride()[:2], *held.strides, held.most,
+            held.room, self.groups, self.scale, self.per, self.padded, self.width, shape.columns, shape.row,
+            shape.count, held.page, grow, asm,
+            num_warps=max(tune.prepare_warps, shape.columns * self.width // 2048), **both,
         )  # fmt: skip
-        yield lambda: scan.scan[(triton.cdiv(self.room, tune.scan_keys * tune.scan_tiles), heads)](
+        yield lambda: scan.scan[(triton.cdiv(held.room, tune.scan_keys * tune.scan_tiles), heads)](
             self.queries, self.sigma, self.tau, self.codes.view(torch.int8), self.lengths, self.seeds, self.drawn,
-            self.counts, self.found, self.room, self.cap, draws.sinks, draws.recent, self.crowd, shape.columns,
+            self.counts, self.found, held.room, self.cap, draws.sinks, draws.recent, self.crowd, shape.columns,
             shape.row, shape.count, shape.nibbles, self.padded, tune.scan_keys, tune.scan_tiles, tune.scan_stages,
             draws.systematic, draws.redraw, grow, asm,
             num_warps=max(tune.scan_warps, scan_warps(shape.columns)), **both,
         )  # fmt: skip
         yield lambda: gather.gather[(self.splits, heads)](
-            q, self.keys, self.values, self.drawn, self.counts, self.lengths, self.parts, self.sums, *q.stride()[:2],
-            *self._strides(), self.room, self.cap, draws.sinks, draws.recent, self.floor, self.scale, self.groups,
-            self.per, max(4, triton.next_power_of_2(self.per)), self.width,
-            min(tune.gather_keys, 64 * 128 // self.width), tune.gather_stages, grow, asm, num_warps=tune.gather_warps,
-            **both,
+            q, *self._cache, self.drawn, self.counts, self.lengths, self.parts, self.sums, *q.stride()[:2],
+            *held.strides, held.most, held.room, self.cap, draws.sinks, draws.recent, self.floor, self.scale,
+            self.groups, self.per, max(4, triton.next_power_of_2(self.per)), self.width,
+            min(tune.gather_keys, 64 * 128 // self.width), tune.gather_stages, held.page, grow, asm,
+            num_warps=tune.gather_warps, **both,
         )  # fmt: skip
         yield lambda: gather.merge[(heads, self.per)](
             self.parts, self.sums, self.counts, self.lengths, self.status, output, self.lse, *output.stride()[:2],
-            self.room, self.cap, draws.sinks, draws.recent, self.floor, self.crowd, self.groups, self.splits, self.per,
+            held.room, self.cap, draws.sinks, draws.recent, self.floor, self.crowd, self.groups, self.splits, self.per,
             self.width, triton.next_power_of_2(self.splits), grow, num_warps=4, **both,
         )  # fmt: skip
 
     def retuned(self, **changes: Any) -> None:
         """Change the shapes of launches; for measurements."""
-        self.tuning = replace(self.tuning, **changes)
+        self.tuning, self._step = replace(self.tuning, **changes), None
 
 
 def scan_warps(columns: int) -> int:
@@ -285,7 +374,7 @@ def _seeds(seed: int, heads: int) -> np.ndarray:
     return np.array(seeds, np.uint32).view(np.int32)
 
 
-def _check(k: torch.Tensor, v: torch.Tensor, heads: int, draws: Draws) -> None:
+def _check(k: torch.Tensor, v: torch.Tensor, heads: int, groups: int, draws: Draws) -> None:
     if k.ndim != 4 or k.shape != v.shape:
         raise ArgumentError(f"k and v must be (B, g, n, d), alike on cuda; got {tuple(k.shape)} and {tuple(v.shape)}")
     if k.dtype not in DTYPES or v.dtype != k.dtype:
@@ -294,7 +383,7 @@ def _check(k: torch.Tensor, v: torch.Tensor, heads: int, draws: Draws) -> None:
         raise ArgumentError(f"k must have width {', '.join(map(str, WIDTHS))} on cuda; got {k.shape[3]}")
     if 0 in k.shape:
         raise ArgumentError(f"k must hold at least one key and head; got shape {tuple(k.shape)}")
-    per = checks.grouped("q", heads, k.shape[1])
+    per = checks.grouped("q", heads, groups)
     if per > GROUP:
         raise ArgumentError(f"q must have at most {GROUP} heads per key-value head on cuda; got {per}")
     if draws.recent < BLOCK:

@@ -10,6 +10,7 @@ import torch
 from attention.engine import Plan
 from attention.result import Certificate, Counters, Result
 from attention.sampled import Sampled
+from gpu import spread
 from gpu.sampled import Draws, SampledCache
 from hsr.errors import ArgumentError
 
@@ -18,9 +19,7 @@ def refuses(*, plan: Plan, **call: object) -> str | None:
     """Why the kernels cannot serve the plan; None if they can."""
     policy = plan.policy
     if not isinstance(policy, Sampled):
-        return "serves the policy Sampled(budget=...) alone"
-    if policy.budget is None:
-        return "sets thresholds by a budget; Sampled(eps=...) has no kernel yet"
+        return "serves the policy Sampled alone"
     return None
 
 
@@ -29,7 +28,8 @@ class CudaSession:
 
     Codes are made at the first `attend`, from whose queries they take their metric.  `attend` and `append` of one token
     may be captured in a CUDA graph once they have run eagerly; room for the tokens that replays append must then have
-    been made with `reserve`.  Results stay on the GPU, and their certificate bounds nothing.
+    been made with `reserve`.  Results stay on the GPU, those of their certificate too, which is
+    statistical (see `gpu.spread`); `Sampled(eps=...)` moves the heads' budgets from step to step by what it says.
     """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> None:
@@ -97,27 +97,33 @@ class CudaSession:
         if self._cache is None:
             self._cache = self._made(queries)
         output = torch.empty_like(queries)
-        self._cache.attend(rows, output[:, :, 0])
+        cache = self._cache
+        cache.attend(rows, output[:, :, 0])
+        found = spread.spread(cache, rows, output[:, :, 0])
+        bounds = spread.bounds(cache, found, output[:, :, 0], self._policy.confidence)
+        if self._policy.eps is not None:
+            spread.adjust(cache, found, self._policy.eps)
         lead = q.shape[:-1]
-        lse = self._cache.lse.reshape(lead).clone()
-        unknown = torch.full_like(lse, torch.nan)
-        count = self._cache.counts[:, :1].repeat_interleave(queries.shape[1] // self._cache.groups).reshape(lead)
-        found: Any = lse  # tensors where a CPU's result has arrays
-        empty: Any = torch.isneginf(lse)
-        bounds: Any = unknown, unknown, unknown, unknown
+        lse: Any = cache.lse.reshape(lead).clone()
+        count = cache.counts[:, :1].repeat_interleave(queries.shape[1] // cache.groups).reshape(lead)
+        empty: Any = torch.isneginf(lse)  # tensors where a CPU's result has arrays
+        known: Any = torch.full_like(lse, torch.nan), *(part.reshape(lead) for part in bounds)
         work: Any = count, torch.full_like(count, self._n), count
-        return Result(output.reshape(q.shape), found, empty, Certificate("none", *bounds), Counters(*work), self._n)
+        certificate = Certificate("statistical", *known, self._policy.confidence)
+        return Result(output.reshape(q.shape), lse, empty, certificate, Counters(*work), self._n)
 
     def _made(self, queries: torch.Tensor) -> SampledCache:
         policy = self._policy
         k, v = self._waiting
-        assert policy.budget is not None
+        budget = policy.budget if policy.eps is None else max(policy.eps**-2, spread.LEAST)
+        assert budget is not None
         scale = self._plan.scale or 1 / float(np.sqrt(k.shape[3]))
         draws = Draws(
-            policy.budget, policy.bytes_per_key, policy.sinks, policy.recent, policy.seed, policy.redraw,
-            policy.draw == "systematic",
+            min(budget, float(k.shape[2])), policy.bytes_per_key, policy.sinks, policy.recent, policy.seed,
+            policy.redraw, policy.draw == "systematic",
         )  # fmt: skip
         cache = SampledCache(k, v, queries.shape[1], draws, scale, queries=queries)
+        cache.listing = True
         self._waiting = [cache.keys[:, :, :0], cache.values[:, :, :0]]  # shapes and dtype, without the memory
         return cache
 

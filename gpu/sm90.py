@@ -21,11 +21,11 @@ from triton.compiler import ASTSource
 from gpu import encode, gather, prepare, scan
 from gpu.sampled import scan_warps
 
-FLOATS = set("MAP MEANS SPREADS TRIM RHO SIGMA TAU KEY_MAP MEAN CENTRE FLOOR HALF TOP PARTS SUMS LSE".split())
+FLOATS = set("MAP MEANS SPREADS TRIM RHO BUDGET SIGMA TAU KEY_MAP MEAN CENTRE FLOOR HALF TOP PARTS SUMS LSE".split())
 HALVES = set("Q K V NEW_K NEW_V OUTPUT".split())
-WHOLE = set("LENGTHS SEEDS COUNTS FOUND STATUS".split())
+WHOLE = set("PAGES LENGTHS SEEDS COUNTS FOUND STATUS".split())
 EIGHT = {"QUERIES": "*i8", "CODES": "*i8", "DRAWN": "*i64"}
-REAL = {"budget", "scale"}
+REAL = {"scale"}
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ def cases() -> Iterator[Case]:
             rest = {"STAGES": 3, "SYSTEMATIC": systematic, "REDRAW": True}
             yield Case(scan.scan, shape | rest | common, scan_warps(R), "MMA")
     for D, R, P, G in ((64, 32, 4, 7), (128, 32, 2, 4), (128, 64, 4, 4), (256, 64, 2, 16)):
-        shape = {"D": D, "R": R, "ROW": R, "PLANES": P}
+        shape = {"D": D, "R": R, "ROW": R, "PLANES": P, "PAGE": 16 * (D == 128)}
         warps = max(4, R * D // 2048)
         yield Case(prepare.prepare, shape | {"G": G, "GP": 8 if G <= 8 else 16} | common, warps, "MMA")
         yield Case(encode.encode, shape, 4, "MMA")
         yield Case(encode.append, shape | {"PDL": True}, 4, "MMA")
     for D, G in ((64, 7), (128, 4), (128, 1), (256, 16)):
         group = max(4, triton.next_power_of_2(G))
-        shape = {"G": G, "GP": group, "D": D, "KEYS": min(64, 64 * 128 // D), "STAGES": 1}
+        shape = {"G": G, "GP": group, "D": D, "KEYS": min(64, 64 * 128 // D), "STAGES": 1, "PAGE": 16 * (D == 64)}
         yield Case(gather.gather, shape | common, 4, "HMMA")
         yield Case(gather.merge, {"G": G, "D": D, "SPLITS": 64, "GROW": 1, "PDL": True}, 4, "")
 
@@ -95,7 +95,7 @@ def _kind(name: str) -> str:
 
 def _even(name: str) -> bool:
     """Strides and capacities, which are multiples of 16 here."""
-    return bool(re.fullmatch(r"\w_[bhn]|stride_\w|room|cap", name))
+    return bool(re.fullmatch(r"\w_[bhnp]|stride_\w|room|cap", name))
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ of 8 bits come first, then those of 4, 2 and 1; axes are in order of falling var
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +30,7 @@ STEP = {8: 0.0308, 4: 0.3352, 2: 0.9957, 1: 1.596}  # its step, per standard dev
 STRETCH = (0.7, 0.85, 1.0, 1.2, 1.45, 1.8)  # tried on that step: real axes are not Gaussian
 SAMPLE = 1 << 13  # keys that statistics are taken from
 SLICE = 1 << 13  # keys coded at a time, whole blocks
+EVERY = {width: 1 for width in WIDTHS}  # words come in any number
 SMALLEST = 1e-290  # a query with smaller coordinates is orthogonal to every axis
 
 
@@ -134,7 +136,11 @@ class Coder:
 
 
 def fit(
-    keys: np.ndarray, bytes_per_key: int, queries: np.ndarray | None = None, widths: tuple[int, ...] = WIDTHS
+    keys: np.ndarray,
+    bytes_per_key: int,
+    queries: np.ndarray | None = None,
+    widths: tuple[int, ...] = WIDTHS,
+    grain: Mapping[int, int] = EVERY,
 ) -> Coder:
     """The coder of a given size, chosen for the smallest squared error of a score.
 
@@ -144,10 +150,11 @@ def fit(
         queries: (g, m, d) like those to come, from which M is taken; few of them pull it little from the identity.
             None: all directions count alike.
         widths: bits that a code may have; a kernel that knows only some of them says so here.
+        grain: of which number the words of a width must be a multiple.
     """
     mean, key_map, query_map, variances = principal_axes(keys, queries)
     g, _, d = keys.shape
-    layout = best_layout(variances.sum(axis=0), bytes_per_key, widths)
+    layout = best_layout(variances.sum(axis=0), bytes_per_key, widths, grain)
     used = min(len(layout.bits), d)
     steps, error = np.zeros((g, len(layout.bits))), variances[:, used:].sum(axis=1)
     sample = _sample(keys)
@@ -176,21 +183,26 @@ def principal_axes(
     return mean, key_map, query_map, variances
 
 
-def best_layout(variances: np.ndarray, bytes_per_key: int, widths: tuple[int, ...] = WIDTHS) -> Layout:
+def best_layout(
+    variances: np.ndarray, bytes_per_key: int, widths: tuple[int, ...] = WIDTHS, grain: Mapping[int, int] = EVERY
+) -> Layout:
     """Variances (d,) of the axes, falling -> the layout of these widths of least expected squared error."""
-    return cheapest_layout(variances, bytes_per_key, {width: DISTORTION[width] for width in widths}, 1.0)
+    return cheapest_layout(variances, bytes_per_key, {width: DISTORTION[width] for width in widths}, 1.0, grain)
 
 
-def cheapest_layout(weights: np.ndarray, bytes_per_key: int, costs: dict[int, float], dropped: float) -> Layout:
+def cheapest_layout(
+    weights: np.ndarray, bytes_per_key: int, costs: dict[int, float], dropped: float, grain: Mapping[int, int] = EVERY
+) -> Layout:
     """The layout of least cost: the sum over axes of a weight (d,), falling, times the cost of its bits, or of none.
 
-    Widths without a cost are not used.
+    Widths without a cost are not used; a width's words come in multiples of its grain.
     """
     d, words = len(weights), bytes_per_key // BYTES
     first = np.indices((words + 1,) * 3).reshape(3, -1)
     first = first[:, first.sum(axis=0) <= words]
     counts = np.vstack([first, words - first.sum(axis=0)])  # (4, layouts)
-    counts = counts[:, (counts[~np.isin(WIDTHS, list(costs))] == 0).all(axis=0)]
+    multiples = np.array([grain[width] if width in costs else words + 1 for width in WIDTHS])[:, None]
+    counts = counts[:, (counts % multiples == 0).all(axis=0)]
     ends = np.cumsum(counts * (BYTES * 8 // np.array(WIDTHS))[:, None], axis=0)
     upto = np.concatenate([[0.0], np.cumsum(weights)])[np.minimum(ends, d)]  # (4, layouts)
     spans = np.diff(upto, axis=0, prepend=0.0)

@@ -1,0 +1,77 @@
+"""CUDA C++ compiled at run time: NVRTC and the driver by way of cuda-bindings, which torch's CUDA builds bring along."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+
+from hsr.errors import BackendUnavailable
+
+
+OVERLAP = driver.CUlaunchAttribute()  # the start of a kernel with the end of the one before, for which it waits itself
+OVERLAP.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+OVERLAP.value.programmaticStreamSerializationAllowed = 1
+
+
+class Kernel:
+    """A function of a loaded module, launched with one structure as its only argument."""
+
+    def __init__(self, function: Any, shared: int) -> None:
+        self._function, self._shared = function, shared
+
+    def __call__(self, grid: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:
+        """Launch on torch's current stream; the structure is copied before this returns."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        launch = driver.CUlaunchConfig()
+        launch.gridDimX, launch.gridDimY, launch.gridDimZ = *grid, 1
+        launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
+        launch.sharedMemBytes, launch.hStream = self._shared, torch.cuda.current_stream().cuda_stream
+        launch.attrs, launch.numAttrs = [OVERLAP], 1
+        _checked(driver.cuLaunchKernelEx(launch, self._function, ctypes.addressof(pointers), 0))
+
+
+def machine_code(name: str, settings: Mapping[str, int], architecture: str) -> bytes:
+    """The file ``name`` beside this one, compiled with ``-D`` of the settings.
+
+    Raises:
+        BackendUnavailable: the compiler refuses; the message has its log.
+    """
+    source = Path(__file__).with_name(name).read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], []))
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device", "-prec-div=false", "-prec-sqrt=false"]
+    options += [f"-D{key}={value}" for key, value in settings.items()]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if int(status):
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise BackendUnavailable(f"{name} does not compile for {architecture}: {log.decode()}")
+    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    nvrtc.nvrtcGetCUBIN(program, code)
+    return code
+
+
+@cache
+def kernel(name: str, function: str, settings: tuple[tuple[str, int], ...], device: int) -> Kernel:
+    """The function, compiled for the device and loaded once; ``shared_bytes`` of its file is its shared memory."""
+    major, minor = torch.cuda.get_device_capability(device)
+    module = _checked(driver.cuModuleLoadData(machine_code(name, dict(settings), f"sm_{major}{minor}")))
+    found = _checked(driver.cuModuleGetFunction(module, function.encode()))
+    address, size = _checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
+    shared = ctypes.c_int()
+    _checked(driver.cuMemcpyDtoH(ctypes.addressof(shared), address, size))
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(found, limit, shared.value))
+    k = Kernel(found, shared.value); k.module = module; return k
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    status, *values = answer
+    if int(status):
+        raise BackendUnavailable(f"CUDA says {status}")
+    return values[0] if len(values) == 1 else tuple(values)

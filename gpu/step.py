@@ -1,0 +1,130 @@
+"""A decode step in one launch (`step.cu`): a cache's buffers in the form that the kernel reads."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gpu.planes import Planes
+
+if TYPE_CHECKING:
+    from gpu.sampled import SampledCache
+
+POINTERS = (
+    "q k v new_k new_v output pages codes query_map means spreads key_map key_mean centre floor half top lengths counts "
+    "found status tickets seeds trim rho budget parts sums lse drawn"
+).split()
+STRIDES = "q_b q_h k_b k_h k_n k_p v_b v_h v_n v_p a_b a_h b_b b_h o_b o_h".split()
+COUNTS = "room groups sinks recent least crowd cap padded most".split()
+LONG = 1 << 16  # tokens from which more warps of a program pay
+MOST = 64  # programs of a head
+RING = 150_000  # bytes of shared memory for codes
+
+
+class Arguments(ctypes.Structure):
+    """As in `step.cu`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in STRIDES),
+        *((name, ctypes.c_int) for name in COUNTS),
+        ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def axes(columns: np.ndarray, planes: Planes) -> np.ndarray:
+    """(..., P, R) by plane and column -> (..., axes): planes of nibbles, then planes of 2-bit codes, none empty."""
+    nibbles, row = planes.nibbles, planes.row
+    parts = [columns[..., p, :nibbles] for p in range(2)]
+    if row > nibbles:
+        parts += [columns[..., p, nibbles:row] for p in range(4)]
+    return np.ascontiguousarray(np.concatenate(parts, axis=-1), np.float32)
+
+
+class Step:
+    """The launch of a cache's steps.
+
+    Args:
+        cache: it must be one that `serves` accepts.
+        warps: of a program; None is what was fastest on an H200.
+        stages: rounds of codes in shared memory of every warp; None is what fits.
+    """
+
+    def __init__(self, cache: SampledCache, warps: int | None = None, stages: int | None = None) -> None:
+        self._cache = cache
+        planes, device, heads = cache.planes, cache.keys.device, cache.batch * cache.groups
+        if warps is None:
+            warps = 8 if cache.width > 128 or planes.row >= 64 or cache.room < LONG else 12
+        self._warps = warps
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._splits = min(max(processors // heads, 1), MOST)
+
+        def on(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(axes(array, planes)).to(device)
+
+        self._query_map, self._key_map = on(planes.query_map.swapaxes(1, 2)), on(planes.key_map.swapaxes(1, 2))
+        self._means, self._spreads = on(cache.means.cpu().numpy()), on(cache.spreads.cpu().numpy())
+        self._half, self._top = on(planes.half), on(planes.top)
+        self._tickets = torch.zeros(heads, dtype=torch.int32, device=device)
+        self._parts = torch.empty(heads, self._splits, cache.per, cache.width, device=device)
+        self._sums = torch.empty(heads, self._splits, 2, cache.per, device=device)
+        cache.found[:, 8:] = 0  # where this step counts what `found` will be
+        cache.counts[:, 1:] = 0
+        self._settings = settings(
+            cache.width, cache.per, planes, warps, stages, cache.draws.systematic, cache.draws.redraw, cache.listing,
+            cache.tokens.page, cache.keys.dtype == torch.bfloat16,
+        )  # fmt: skip
+
+    @staticmethod
+    def serves(cache: SampledCache) -> bool:
+        """Whether this launch has a form for the cache."""
+        planes = cache.planes
+        whole = planes.nibbles % 16 == 0 and (planes.row - planes.nibbles) % 8 == 0
+        there = cache.keys.is_cuda and importlib.util.find_spec("cuda.bindings") is not None
+        return there and whole and cache.per <= 8
+
+    def __call__(self, q: torch.Tensor, output: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
+        """As `SampledCache.attend`, or as `SampledCache.step` with a token."""
+        cache, held, draws = self._cache, self._cache.tokens, self._cache.draws
+        new_k, new_v = (q, q) if k is None or v is None else (k, v)
+        key_mean, centre, floor = cache._maps[1:4]
+        tensors = (
+            q, held.keys, held.values, new_k, new_v, output, held.pages, cache.codes, self._query_map, self._means,
+            self._spreads, self._key_map, key_mean, centre, floor, self._half, self._top, cache.lengths, cache.counts,
+            cache.found, cache.status, self._tickets, cache.seeds, cache.trim, cache.rho, cache.budget, self._parts,
+            self._sums, cache.lse, cache.drawn,
+        )  # fmt: skip
+        k_b, k_h, k_n, k_p, v_b, v_h, v_n, v_p = held.strides
+        strides = (
+            *q.stride()[:2], k_b, k_h, k_n, k_p, v_b, v_h, v_n, v_p, *new_k.stride()[:2], *new_v.stride()[:2],
+            *output.stride()[:2],
+        )  # fmt: skip
+        counts = (
+            held.room, cache.groups, draws.sinks, draws.recent, cache.floor, cache.crowd, cache.cap, cache.padded,
+            held.most,
+        )  # fmt: skip
+        arguments = Arguments(
+            *(None if tensor is None else tensor.data_ptr() for tensor in tensors), *strides, *counts, cache.scale
+        )
+        from gpu import compiled  # only where cuda-bindings is
+
+        chosen = tuple((self._settings | {"GROW": int(k is not None)}).items())
+        function = compiled.kernel("step.cu", "step", chosen, q.device.index)
+        function((self._splits, cache.batch * cache.groups), 32 * self._warps, arguments)
+
+
+def settings(
+    width: int, per: int, planes: Planes, warps: int, stages: int | None, systematic: bool, redraw: bool, listing: bool,
+    page: int, bfloat16: bool,
+) -> dict[str, int]:  # fmt: skip
+    """What `step.cu` is compiled with, but for GROW."""
+    stages = stages or max(2, min(4, RING // (64 * planes.row * warps)))
+    return {
+        "D": width, "G": per, "NIBBLES": planes.nibbles, "CRUMBS": planes.row - planes.nibbles, "WARPS": warps,
+        "STAGES": stages, "SYSTEMATIC": int(systematic), "REDRAW": int(redraw), "LISTING": int(listing), "PAGE": page,
+        "BF16": int(bfloat16),
+    }  # fmt: skip
