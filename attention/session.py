@@ -13,7 +13,7 @@ from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
-from hsr.backend import choose
+from hsr.backend import preferred
 from hsr.errors import ArgumentError
 
 
@@ -21,7 +21,7 @@ class DecodeSession:
     """Keys and values of one attention layer: `append` new tokens, `attend` with new queries.
 
     Args:
-        k: (g, n, d) or (B, g, n, d), n >= 1; on a GPU with the policy Sampled(budget=...), see `gpu.session`.
+        k: (g, n, d) or (B, g, n, d), n >= 1; on a GPU for what a row ``session`` of the table serves.
         v: (g, n, dv) or (B, g, n, dv).
         weight, policy, scale: as for `attention.decode`.
         method: index method, a name of the dispatch table or "auto".
@@ -46,7 +46,7 @@ class DecodeSession:
         device = getattr(getattr(k, "device", None), "type", "cpu")
         self._far: Any = None  # serves everything where keys and values lie on a GPU
         if device != "cpu":
-            self._far = choose("session", "cuda", device=device, plan=self._plan)(k, v, self._plan)
+            self._far = preferred("session", device=device, plan=self._plan)(k, v, self._plan)
             return
         keys, values = fold("k", k), Values(fold("v", v))
         self._leading = tuple(k.shape[:-2])

@@ -18,14 +18,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import encode, gather, prepare, scan
+from gpu import encode, gather, half_space, prepare, scan
 from gpu.sampled import scan_warps
 
 FLOATS = set("MAP MEANS SPREADS TRIM RHO SIGMA TAU KEY_MAP MEAN CENTRE FLOOR HALF TOP PARTS SUMS LSE".split())
+FLOATS |= set("STEPS SLACK REACH WIDTH LEVEL".split())
 HALVES = set("Q K V NEW_K NEW_V OUTPUT".split())
-WHOLE = set("LENGTHS SEEDS COUNTS FOUND STATUS".split())
-EIGHT = {"QUERIES": "*i8", "CODES": "*i8", "DRAWN": "*i64"}
+WHOLE = set("LENGTHS SEEDS COUNTS FOUND STATUS LIMITS BITS".split())
+EIGHT = {"QUERIES": "*i8", "CODES": "*i8", "ROUNDED": "*i8", "KEEP": "*i8"}
+EIGHT |= {"DRAWN": "*i64", "STARTS": "*i64", "PAIRS": "*i64", "LISTED": "*i64"}
 REAL = {"budget", "scale"}
+DOUBLES = set("MIDDLE SPREAD THRESHOLDS SCORES".split())
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,21 @@ def cases() -> Iterator[Case]:
         shape = {"G": G, "GP": group, "D": D, "KEYS": min(64, 64 * 128 // D), "STAGES": 1}
         yield Case(gather.gather, shape | common, 4, "HMMA")
         yield Case(gather.merge, {"G": G, "D": D, "SPLITS": 64, "GROW": 1, "PDL": True}, 4, "")
+    yield from half_space_cases()
+
+
+def half_space_cases() -> Iterator[Case]:
+    """The shapes that `gpu.half_space` launches, for narrow and wide keys and few and many queries."""
+    for D in (3, 80, 128, 256, 512):
+        R, ROW = half_space.padded(D), -(-D // 16) * 16
+        yield Case(half_space.prepare, {"D": D, "R": R}, 1, "")
+        for N in (8, 64):
+            shape = {"ROW": ROW, "R": R, "N": N, "TILE": half_space.tile_keys(R)}
+            yield Case(half_space.scan, shape, 4, "MMA")
+        part = min(R, 128)
+        yield Case(half_space.refine, {"D": D, "C": 2048 // part, "PART": part}, 4, "")
+    for TILE, paired in ((64, True), (128, True)):
+        yield Case(half_space.expand, {"TILE": TILE, "KEYS": half_space.SPAN, "PAIRED": paired}, 4, "")
 
 
 def compiled(case: Case) -> tuple[int, int, str]:
@@ -89,7 +107,7 @@ def compiled(case: Case) -> tuple[int, int, str]:
 
 def _kind(name: str) -> str:
     """Triton's type of an argument, which the kernels' names give away."""
-    groups = ((FLOATS, "*fp32"), (HALVES, "*bf16"), (WHOLE, "*i32"), (REAL, "fp32"))
+    groups = ((FLOATS, "*fp32"), (DOUBLES, "*fp64"), (HALVES, "*bf16"), (WHOLE, "*i32"), (REAL, "fp32"))
     return EIGHT.get(name) or next((kind for names, kind in groups if name in names), "i32")
 
 
