@@ -71,7 +71,7 @@ class DecodeSession:
     @property
     def alive(self) -> int:
         """Number of tokens that were not evicted."""
-        return self._index.alive if self._far is None else self._far.n
+        return self._index.alive if self._far is None else self._far.n - getattr(self._far, "evicted", 0)
 
     def append(self, k: Any, v: Any) -> None:
         """Add tokens: k (g, t, d), v (g, t, dv), or with a leading B; if either is refused, neither is added.

@@ -37,6 +37,9 @@ def prepare(
     head = i // rows
     r = tl.arange(0, R)
     q = tl.load(Q + i * D + r, mask=r < D, other=0.0).to(tl.float32).to(tl.float64)
+    size = tl.sum(tl.abs(q), 0)
+    finite = size - size == 0
+    q = tl.where(finite, q, 0.0)
     middle = tl.load(MIDDLE + head * D + r, mask=r < D, other=0.0)
     z = q * tl.load(SPREAD + head * D + r, mask=r < D, other=0.0)
     top = tl.max(tl.abs(z), 0)
@@ -50,8 +53,7 @@ def prepare(
     products = q * middle
     band = tl.sum(tl.abs(products), 0) * ((D + 16) * 2.0**-51)  # of the sum below, and of the scores' own
     level = (tl.load(THRESHOLDS + i) - tl.sum(products, 0) - band) / unit
-    level = tl.where(level < FAR, level, tl.where(level >= FAR, FAR, -FAR))  # the last for NaN
-    level = tl.maximum(level, -FAR)
+    level = tl.where(finite, tl.minimum(tl.maximum(level, -FAR), FAR), -FAR)
     level -= tl.abs(level) * 2.0**-22 + NEAR  # rounding to float32 included
     tl.store(ROUNDED + i * (2 * R) + r, high.to(tl.int8))
     tl.store(ROUNDED + i * (2 * R) + R + r, low.to(tl.int8))

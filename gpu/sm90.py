@@ -18,17 +18,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import encode, gather, half_space, prepare, scan
+from gpu import encode, gather, half_space, prepare, relu, scan
 from gpu.sampled import scan_warps
 
 FLOATS = set("MAP MEANS SPREADS TRIM RHO SIGMA TAU KEY_MAP MEAN CENTRE FLOOR HALF TOP PARTS SUMS LSE".split())
 FLOATS |= set("STEPS SLACK REACH WIDTH LEVEL".split())
 HALVES = set("Q K V NEW_K NEW_V OUTPUT".split())
-WHOLE = set("LENGTHS SEEDS COUNTS FOUND STATUS LIMITS BITS".split())
+WHOLE = set("LENGTHS SEEDS COUNTS FOUND STATUS LIMITS BITS IDS".split())
 EIGHT = {"QUERIES": "*i8", "CODES": "*i8", "ROUNDED": "*i8", "KEEP": "*i8"}
-EIGHT |= {"DRAWN": "*i64", "STARTS": "*i64", "PAIRS": "*i64", "LISTED": "*i64"}
+EIGHT |= {"DRAWN": "*i64", "STARTS": "*i64", "PAIRS": "*i64", "LISTED": "*i64", "POWERS": "*i64", "REPORTED": "*i64"}
 REAL = {"budget", "scale"}
-DOUBLES = set("MIDDLE SPREAD THRESHOLDS SCORES".split())
+DOUBLES = set("MIDDLE SPREAD THRESHOLDS SCORES SETTINGS LARGEST TOTALS VECTORS RADIUS CAST FACTS".split())
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def cases() -> Iterator[Case]:
         yield Case(gather.gather, shape | common, 4, "HMMA")
         yield Case(gather.merge, {"G": G, "D": D, "SPLITS": 64, "GROW": 1, "PDL": True}, 4, "")
     yield from half_space_cases()
+    yield from relu_cases()
 
 
 def half_space_cases() -> Iterator[Case]:
@@ -75,6 +76,15 @@ def half_space_cases() -> Iterator[Case]:
         yield Case(half_space.refine, {"D": D, "C": 2048 // part, "PART": part}, 4, "")
     for TILE, paired in ((64, True), (128, True)):
         yield Case(half_space.expand, {"TILE": TILE, "KEYS": half_space.SPAN, "PAIRED": paired}, 4, "")
+
+
+def relu_cases() -> Iterator[Case]:
+    """The shapes that `gpu.relu` launches; SPLITS is the most it merges."""
+    for D, DV in ((3, 5), (64, 64), (128, 128), (192, 128), (512, 512)):
+        R, RV = half_space.padded(D), half_space.padded(DV)
+        shape = {"D": D, "R": R, "DV": DV, "RV": RV, "C": relu.held_keys(R, RV)}
+        yield Case(relu.accumulate, shape, relu.warps(R, RV), "")
+        yield Case(relu.merge, {"DV": DV, "RV": RV, "SPLITS": min(relu.PARTS // RV, 64)}, 4, "")
 
 
 def compiled(case: Case) -> tuple[int, int, str]:
