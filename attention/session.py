@@ -21,7 +21,8 @@ class DecodeSession:
     """Keys and values of one attention layer: `append` new tokens, `attend` with new queries.
 
     Args:
-        k: (g, n, d) or (B, g, n, d), n >= 1; on a GPU for what a row ``session`` of the table serves.
+        k: (g, n, d) or (B, g, n, d), n >= 1; on a GPU for what a row ``session`` of the table serves: see
+            `gpu.session`, `gpu.relu`.
         v: (g, n, dv) or (B, g, n, dv).
         weight, policy, scale: as for `attention.decode`.
         method: index method, a name of the dispatch table or "auto".

@@ -77,7 +77,7 @@ ROWS = (
         "gpu.index",
         "cuda",
         "exact reporting where the keys lie on a GPU; int8 codes with a proven bound",
-        "n codes, then about as many keys as it reports",
+        "n codes, then the keys that their bound lets pass",
         ("torch", "triton"),
     ),
     Row(
