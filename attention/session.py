@@ -13,7 +13,7 @@ from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex
-from hsr.backend import choose
+from hsr.backend import preferred
 from hsr.errors import ArgumentError
 
 
@@ -21,7 +21,8 @@ class DecodeSession:
     """Keys and values of one attention layer: `append` new tokens, `attend` with new queries.
 
     Args:
-        k: (g, n, d) or (B, g, n, d), n >= 1; on a GPU with the policy Sampled(budget=...), see `gpu.session`.
+        k: (g, n, d) or (B, g, n, d), n >= 1; on a GPU for what a row ``session`` of the table serves: see
+            `gpu.session`, `gpu.relu`.
         v: (g, n, dv) or (B, g, n, dv).
         weight, policy, scale: as for `attention.decode`.
         method: index method, a name of the dispatch table or "auto".
@@ -46,7 +47,7 @@ class DecodeSession:
         device = getattr(getattr(k, "device", None), "type", "cpu")
         self._far: Any = None  # serves everything where keys and values lie on a GPU
         if device != "cpu":
-            self._far = choose("session", "cuda", device=device, plan=self._plan)(k, v, self._plan)
+            self._far = preferred("session", device=device, plan=self._plan)(k, v, self._plan)
             return
         keys, values = fold("k", k), Values(fold("v", v))
         self._leading = tuple(k.shape[:-2])
@@ -64,6 +65,11 @@ class DecodeSession:
         return self._index
 
     @property
+    def gpu(self) -> Any:
+        """What serves CUDA tensors, see `gpu.session` and `gpu.relu`; None on a CPU."""
+        return self._far
+
+    @property
     def n(self) -> int:
         """Number of tokens ever added; a token's id is its position among them, whatever is evicted."""
         return self._index.n if self._far is None else self._far.n
@@ -71,7 +77,7 @@ class DecodeSession:
     @property
     def alive(self) -> int:
         """Number of tokens that were not evicted."""
-        return self._index.alive if self._far is None else self._far.n
+        return self._index.alive if self._far is None else self._far.alive
 
     def append(self, k: Any, v: Any) -> None:
         """Add tokens: k (g, t, d), v (g, t, dv), or with a leading B; if either is refused, neither is added.

@@ -193,7 +193,8 @@ def ours(inputs: Inputs, setting: Setting, fits: dict[str, Planes], read: float)
     fit = fits[setting.name]
     repeated = replace(fit, query_map=tiled(fit.query_map, B), key_map=tiled(fit.key_map, B), mean=tiled(fit.mean, B))
     first = SampledCache(inputs.k, inputs.v, h, draws, d**-0.5, room=n + ROOM, coded=repeated)
-    copies = clones(first, int(np.clip(ROTATED / first.codes.nbytes, 1, min(COPIES, 6e10 / first.cache.nbytes))))
+    held = 2 * first.keys.numel() * first.keys.itemsize
+    copies = clones(first, int(np.clip(ROTATED / first.codes.nbytes, 1, min(COPIES, 6e10 / held))))
     outputs = torch.full_like(inputs.q[0], torch.nan)
     calls = [
         lambda cache=cache, q=q: cache.step(q, inputs.token, inputs.token, outputs)
@@ -257,9 +258,9 @@ def clones(first: SampledCache, count: int) -> list[SampledCache]:
     for _ in range(count - 1):
         other = copy.copy(first)
         for name, value in vars(first).items():
-            if torch.is_tensor(value) and name not in ("keys", "values"):
+            if torch.is_tensor(value):
                 setattr(other, name, value.clone())
-        other.keys, other.values = other.cache[..., 0, :], other.cache[..., 1, :]
+        other.tokens, other._step = first.tokens.clone(), None
         found.append(other)
     return found
 

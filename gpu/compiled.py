@@ -1,4 +1,4 @@
-"""CUDA C++ compiled at run time: NVRTC and the driver by way of cuda-bindings, which torch's CUDA builds bring along."""
+"""CUDA C++ compiled at run time: NVRTC and the driver through cuda-bindings, which torch's CUDA builds bring along."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cuda.bindings import driver, nvrtc
 
 from hsr.errors import BackendUnavailable
 
-
+OPTIONS = ("--std=c++17", "-default-device", "-prec-div=false", "-prec-sqrt=false")
 OVERLAP = driver.CUlaunchAttribute()  # the start of a kernel with the end of the one before, for which it waits itself
 OVERLAP.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 OVERLAP.value.programmaticStreamSerializationAllowed = 1
@@ -44,7 +44,7 @@ def machine_code(name: str, settings: Mapping[str, int], architecture: str) -> b
     """
     source = Path(__file__).with_name(name).read_bytes()
     program = _checked(nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], []))
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device", "-prec-div=false", "-prec-sqrt=false"]
+    options = [f"--gpu-architecture={architecture}", *OPTIONS]
     options += [f"-D{key}={value}" for key, value in settings.items()]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status):
@@ -67,7 +67,7 @@ def kernel(name: str, function: str, settings: tuple[tuple[str, int], ...], devi
     _checked(driver.cuMemcpyDtoH(ctypes.addressof(shared), address, size))
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(found, limit, shared.value))
-    k = Kernel(found, shared.value); k.module = module; return k
+    return Kernel(found, shared.value)
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

@@ -45,7 +45,8 @@ def encode(
 ):  # fmt: skip
     """Code blocks of 64 keys; grid (blocks, B * heads), CODES (B * heads, room, ROW) uint8, ROW at most R.
 
-    K, V (B, heads, n, D) by strides, in pages of PAGE tokens if that is not 0 (see `gpu.codes.places`); MAP (B * heads, PLANES, D + 1, R), MEAN (.., D + 1), CENTRE (.., D), FLOOR (..,),
+    K, V (B, heads, n, D) by strides, in pages of PAGE tokens if that is not 0 (see `gpu.codes.places`);
+    MAP (B * heads, PLANES, D + 1, R), MEAN (.., D + 1), CENTRE (.., D), FLOOR (..,),
     HALF and TOP (PLANES, R), all float32: `gpu.planes.Planes` and the values' `attention.values.Values.lift`.
     """
     block = tl.program_id(0)

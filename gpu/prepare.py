@@ -80,9 +80,9 @@ def _thresholds(
     the sums unbiased, because it does not depend on the step's own draw.  A budget beyond all keys draws them all.
 
     Q (B, heads * G, D) by strides, rows contiguous; MAP (B * heads, PLANES, D + 1, R), MEANS, SPREADS (.., PLANES, R)
-    float32; BUDGET (.., GP) float32; FOUND (.., LINE) int32, negative where the last step is no measure -> QUERIES (.., PLANES, GP, R) int8,
-    SIGMA, TAU (.., GP) float32; TRIM and RHO (its place, in deviations) moved, FOUND and
-    COUNTS zero.
+    float32; BUDGET (.., GP) float32; FOUND (.., LINE) int32, negative where the last step is no measure
+    -> QUERIES (.., PLANES, GP, R) int8, SIGMA, TAU (.., GP) float32; TRIM and RHO (its place, in deviations) moved,
+    FOUND and COUNTS zero.
     """
     g = tl.arange(0, GP)
     d = tl.arange(0, D)

@@ -1,8 +1,8 @@
 """Sampled decode attention on the GPU: buffers of fixed size and the launches of one step.
 
-A step is one launch of CUDA C++ (`gpu.step`) where that has a form for it, and otherwise four of Triton: prepare, scan,
-gather, merge.  Nothing is read back by the host and nothing is allocated, so that a step can be captured in a CUDA graph
-and replayed while the cache grows.
+A step is one launch of CUDA C++ (`gpu.step`) where that has a form for it, and otherwise four of Triton: prepare,
+scan, gather, merge.  Nothing is read back by the host and nothing is allocated, so that a step can be captured in a
+CUDA graph and replayed while the cache grows.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 
-from gpu import encode, gather, planes, prepare, scan, tokens
-from gpu.codes import INTERPRETED
+from gpu import encode, planes, tokens
 from gpu.codes import LINE as COUNTERS
+from gpu.launches import MEASURED, Tuning, launches, overlap
 from gpu.step import Step
 from gpu.tokens import Tokens
 from hsr import checks
@@ -31,26 +30,10 @@ WIDTHS = (64, 128, 256)  # head widths that the kernels have a form for
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP = 16  # most query heads of a key-value head
 NEAR, TINY = 0.1, 1e-30  # as in `attention.values`: nearer values are sampled as if so far from the centre
+NEWEST = 1024  # keys that tell of a drift
 STARVED = 4  # a list of fewer than budget / STARVED keys is not trusted
 SHARE = 32  # keys of a full list that are worth a gathering program
 ROOMY = 4  # times the budget of all heads that a list can hold; from half of that on it counts as crowded
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Shapes of the launches; the defaults were measured on an H200."""
-
-    scan_keys: int = 128
-    scan_tiles: int = 1
-    scan_warps: int = 1
-    scan_stages: int = 3
-    prepare_warps: int = 4
-    gather_keys: int = 64
-    gather_warps: int = 4
-    gather_stages: int = 1
-    resident: int = 4  # gathering programs per multiprocessor
-    overlap: bool = True  # of a kernel's start with its predecessor's end
-    single: bool = True  # one launch, where it has a form
 
 
 @dataclass(frozen=True)
@@ -105,7 +88,7 @@ class SampledCache:
         lengths: Any = None,
         queries: torch.Tensor | None = None,
         coded: planes.Planes | None = None,
-        tuning: Tuning = Tuning(),
+        tuning: Tuning = MEASURED,
     ) -> None:
         _check(k, v, heads, k.shape[1] if k.ndim == 4 else 0, draws)
         self._build(Tokens(k, v, room), k.shape[2], heads, draws, scale, lengths, queries, coded, tuning)
@@ -123,17 +106,23 @@ class SampledCache:
         pages: torch.Tensor | None = None,
         queries: torch.Tensor | None = None,
         coded: planes.Planes | None = None,
-        tuning: Tuning = Tuning(),
+        tuning: Tuning = MEASURED,
     ) -> SampledCache:
         """A cache over tokens that lie elsewhere; appended ones are written there, too.
 
         Args:
-            k, v: buffers (B, g, room, d) of any strides with contiguous rows; or, with pages, pools (count, page, g, d).
+            k: buffer (B, g, room, d) of any strides with contiguous rows; or, with pages, a pool (count, page, g, d)
+                of pages of 1, 2, 4, .. 64 tokens.
+            v: likewise.
+            heads: as for the class.
+            draws: as for the class.
+            scale: as for the class.
             lengths: (B,) tokens that each sequence has.
-            pages: (B, most) int32, the pages of each sequence in order, 1, 2, 4, .. 64 tokens a page; a row names valid
-                pages throughout, those not yet in use too.
-
-        The others are as for the class.
+            pages: (B, most) int32, the pages of each sequence in order; a row names valid pages throughout, those not
+                yet in use too.
+            queries: as for the class.
+            coded: as for the class.
+            tuning: as for the class.
 
         Raises:
             ArgumentError: as for the class, or a layout that the kernels cannot read.
@@ -162,16 +151,39 @@ class SampledCache:
         self.padded = 8 if self.per <= 8 else 16
         self._device = held.keys.device
         self.lengths = torch.from_numpy(np.repeat(sizes, self.groups)).to(self._device, torch.int32)
-        self._fit(sizes, queries, coded)
+        self.status = torch.zeros(len(self.lengths), 4, dtype=torch.int32, device=self._device)  # see `gpu.gather`
+        self._queries = queries
+        self._code(sizes, coded)
+
+    def _code(self, sizes: np.ndarray, coded: planes.Planes | None) -> None:
+        """Codes of all tokens, and the buffers of a step over them."""
+        held = self.tokens
+        self._fit(sizes, coded)
         self._allocate()
         blocks = int(sizes.max()) // BLOCK
         if blocks:
             encode.encode[(blocks, self.batch * self.groups)](
-                *self._cache, *self._maps, self.codes, *held.strides, held.most, held.room, self.groups, scale,
+                *self._cache, *self._maps, self.codes, *held.strides, held.most, held.room, self.groups, self.scale,
                 self.width, self.planes.columns, self.planes.row, self.planes.count, held.page, num_warps=4,
             )  # fmt: skip
         self._measure(sizes)
         self._step: Step | None = None
+
+    def drift(self) -> torch.Tensor:
+        """(heads,) how far the newest NEWEST codes lie from those that the coder was made for.
+
+        The squared distance of their means over the sum of the variances: 1 is a deviation in every direction.
+        """
+        last = (self.lengths.long() // BLOCK * BLOCK)[:, None]
+        at = (last - 1 - torch.arange(NEWEST, device=self._device)).clamp(min=0)
+        parts = self._parts(at).mean(2)
+        moved = (parts - self.means[..., : self.planes.row]).square().sum((1, 2))
+        return torch.where(last[:, 0] > 0, moved / (self.spreads.sum((1, 2)) + TINY), 0.0)
+
+    def recode(self, queries: torch.Tensor | None = None) -> None:
+        """Make coder and codes anew, for queries as at first, and wait for it; graphs must be captured again."""
+        self._queries = self._queries if queries is None else queries
+        self._code(self.lengths.view(self.batch, self.groups)[:, 0].cpu().numpy().astype(np.int64), None)
 
     @property
     def keys(self) -> torch.Tensor:
@@ -205,11 +217,7 @@ class SampledCache:
         """Means and variances of the codes in every column, and where thresholds are searched from."""
         heads, shape = self.batch * self.groups, self.planes
         coded = sizes // BLOCK * BLOCK
-        at = self._evenly(coded).flatten(0, 1)[..., None].expand(heads, -1, shape.row)
-        codes = self.codes.gather(1, at).int()
-        shifts = torch.tensor(planes.SHIFTS[: shape.count], device=self._device)
-        top = torch.from_numpy(shape.top[:, : shape.row]).to(self._device).int()
-        parts = ((codes[:, None] >> shifts[:, None, None]) & top[:, None]).float()  # (heads, P, rows, row)
+        parts = self._parts(self._evenly(coded).flatten(0, 1))
         self.means, self.spreads = torch.zeros(
             2, heads, shape.count, shape.columns, dtype=torch.float32, device=self._device
         )
@@ -219,13 +227,21 @@ class SampledCache:
         self.rho = torch.full((heads, self.padded), 3.0, device=self._device)
         self.trim = torch.zeros(heads, self.padded, device=self._device)
 
+    def _parts(self, at: torch.Tensor) -> torch.Tensor:
+        """Codes at positions (heads, t), by plane and column: (heads, P, t, row) float32."""
+        shape = self.planes
+        codes = self.codes.gather(1, at[..., None].expand(*at.shape, shape.row)).int()
+        shifts = torch.tensor(planes.SHIFTS[: shape.count], device=self._device)
+        top = torch.from_numpy(shape.top[:, : shape.row]).to(self._device).int()
+        return ((codes[:, None] >> shifts[:, None, None]) & top[:, None]).float()
+
     def _evenly(self, sizes: np.ndarray) -> torch.Tensor:
-        """(B, g, at most SAMPLE) int64: positions evenly spaced among the first tokens, sizes (B,), of each sequence."""
+        """(B, g, at most SAMPLE) int64: positions evenly spaced among the first ``sizes`` (B,) tokens."""
         many = min(SAMPLE, int(sizes.max()))
         at = torch.from_numpy(np.arange(many) * sizes[:, None] // max(many, 1)).to(self._device)
         return at[:, None].expand(self.batch, self.groups, many)
 
-    def _fit(self, sizes: np.ndarray, queries: torch.Tensor | None, coded: planes.Planes | None) -> None:
+    def _fit(self, sizes: np.ndarray, coded: planes.Planes | None) -> None:
         """Centre, floor, directions and maps from evenly spaced tokens of each sequence."""
         heads, d = self.batch * self.groups, self.width
         at = self._evenly(sizes)
@@ -239,8 +255,8 @@ class SampledCache:
         floor = NEAR * self.distance
         lift = torch.maximum(distance, floor[:, None]).log()
         known = None
-        if queries is not None:
-            known = queries.float().reshape(heads, -1, d).cpu().numpy()
+        if self._queries is not None:
+            known = self._queries.float().reshape(heads, -1, d).cpu().numpy()
         found = coded or planes.fitted(
             keys.cpu().numpy(), lift.cpu().numpy(), self.scale, self.draws.bytes_per_key, known, self.draws.widths
         )
@@ -254,8 +270,10 @@ class SampledCache:
     def _allocate(self) -> None:
         heads, per, d, row = self.batch * self.groups, self.per, self.width, self.planes.row
         budget = self.draws.budget
-        self.cap = max(256, -(-int(ROOMY * budget * per) // 64) * 64)
-        self.floor, self.crowd = int(budget) // STARVED, self.cap // 2
+        listed = max(256, -(-int(ROOMY * budget * per) // 64) * 64)
+        self.cap = min(listed, self.room)
+        self.crowd = self.cap // 2 if listed < self.room else self.cap - 1  # a list of all keys is never crowded
+        self.floor = int(budget) // STARVED
         self.splits = _splits(self._device, heads, self.tuning.resident, per * budget)
 
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -266,7 +284,6 @@ class SampledCache:
         self.queries = new(heads, self.planes.count, self.padded, self.planes.columns, dtype=torch.int8)
         self.sigma, self.tau = new(2, heads, self.padded, dtype=torch.float32)
         self.drawn, self.counts = new(heads, self.cap, dtype=torch.int64), new(heads, int(COUNTERS.value))
-        self.status = new(heads, 4)  # crowded, overflown, starved, refused: see `gpu.gather`
         self.found = new(heads, int(COUNTERS.value)) - 1
         self.parts = new(heads, self.splits, per, d, dtype=torch.float32)
         self.sums = new(heads, self.splits, per, dtype=torch.float32)
@@ -283,21 +300,13 @@ class SampledCache:
         self.tokens.reserve(room)
         self.codes = codes
 
-    @property
-    def _overlap(self) -> dict[str, bool]:
-        return {"PDL": self.tuning.overlap and not INTERPRETED}
-
-    @property
-    def _launch(self) -> dict[str, bool]:
-        return {} if INTERPRETED else {"launch_pdl": self.tuning.overlap}
-
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """One token: k, v (B, g, d), rows contiguous.  Nothing is checked; a full cache counts it in ``status``."""
         held = self.tokens
         encode.append[(self.batch * self.groups,)](
             k, v, *self._cache, *self._maps, self.codes, self.lengths, self.status, *k.stride()[:2], *v.stride()[:2],
             *held.strides, held.most, held.room, self.groups, self.scale, self.width, self.planes.columns,
-            self.planes.row, self.planes.count, held.page, **self._overlap, **self._launch, num_warps=4,
+            self.planes.row, self.planes.count, held.page, **overlap(self.tuning), num_warps=4,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, output: torch.Tensor) -> None:
@@ -318,46 +327,11 @@ class SampledCache:
             assert self._step is not None
             yield partial(self._step, q, output, k, v)
             return
-        heads, shape, tune, draws, held = self.batch * self.groups, self.planes, self.tuning, self.draws, self.tokens
-        both = self._overlap | self._launch
-        asm, grow = not INTERPRETED, int(k is not None)
-        new_k, new_v = (q, q) if k is None or v is None else (k, v)
-        yield lambda: prepare.prepare[(heads, 1 + grow)](
-            q, self._query_map, self.means, self.spreads, self.found, self.trim, self.rho, self.budget, self.counts,
-            self.queries, self.sigma, self.tau, *q.stride()[:2], draws.sinks, draws.recent, new_k, new_v, *self._cache,
-            *self._maps, self.codes, self.lengths, *new_k.stride()[:2], *new_v.stride()[:2], *held.strides, held.most,
-            held.room, self.groups, self.scale, self.per, self.padded, self.width, shape.columns, shape.row,
-            shape.count, held.page, grow, asm,
-            num_warps=max(tune.prepare_warps, shape.columns * self.width // 2048), **both,
-        )  # fmt: skip
-        yield lambda: scan.scan[(triton.cdiv(held.room, tune.scan_keys * tune.scan_tiles), heads)](
-            self.queries, self.sigma, self.tau, self.codes.view(torch.int8), self.lengths, self.seeds, self.drawn,
-            self.counts, self.found, held.room, self.cap, draws.sinks, draws.recent, self.crowd, shape.columns,
-            shape.row, shape.count, shape.nibbles, self.padded, tune.scan_keys, tune.scan_tiles, tune.scan_stages,
-            draws.systematic, draws.redraw, grow, asm,
-            num_warps=max(tune.scan_warps, scan_warps(shape.columns)), **both,
-        )  # fmt: skip
-        yield lambda: gather.gather[(self.splits, heads)](
-            q, *self._cache, self.drawn, self.counts, self.lengths, self.parts, self.sums, *q.stride()[:2],
-            *held.strides, held.most, held.room, self.cap, draws.sinks, draws.recent, self.floor, self.scale,
-            self.groups, self.per, max(4, triton.next_power_of_2(self.per)), self.width,
-            min(tune.gather_keys, 64 * 128 // self.width), tune.gather_stages, held.page, grow, asm,
-            num_warps=tune.gather_warps, **both,
-        )  # fmt: skip
-        yield lambda: gather.merge[(heads, self.per)](
-            self.parts, self.sums, self.counts, self.lengths, self.status, output, self.lse, *output.stride()[:2],
-            held.room, self.cap, draws.sinks, draws.recent, self.floor, self.crowd, self.groups, self.splits, self.per,
-            self.width, triton.next_power_of_2(self.splits), grow, num_warps=4, **both,
-        )  # fmt: skip
+        yield from launches(self, q, output, k, v)
 
     def retuned(self, **changes: Any) -> None:
         """Change the shapes of launches; for measurements."""
         self.tuning, self._step = replace(self.tuning, **changes), None
-
-
-def scan_warps(columns: int) -> int:
-    """Warps that hold a tile of 128 keys of so many bytes in their registers."""
-    return max(1, columns // 32) if columns > 64 else 1
 
 
 def _splits(device: torch.device, heads: int, resident: int, listed: float) -> int:

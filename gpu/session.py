@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from attention.sampled import Sampled
 from gpu import spread
 from gpu.sampled import Draws, SampledCache
 from hsr.errors import ArgumentError
+
+LOOK = 4096  # tokens between looks at the drift, each of which waits for the GPU
+DRIFT = 0.5  # of the newest codes, from which all are made anew
 
 
 def refuses(*, plan: Plan, **call: object) -> str | None:
@@ -52,14 +55,28 @@ class CudaSession:
         """Tokens that were added; replays of a graph add theirs on the GPU alone, see `SampledCache.lengths`."""
         return self._n
 
+    @property
+    def alive(self) -> int:
+        """All of them: nothing is evicted here."""
+        return self._n
+
+    @property
+    def cache(self) -> SampledCache:
+        """The cache, whose ``step`` a CUDA graph may capture; made by the first `attend`.
+
+        Raises:
+            ArgumentError: nothing was attended to yet.
+        """
+        if self._cache is None:
+            raise ArgumentError("cache is made by the first attend; got an unused session")
+        return self._cache
+
     def _full(self, array: torch.Tensor) -> torch.Tensor:
         return array if self._batched else array[None]
 
     def reserve(self, room: int) -> None:
         """Make room for so many tokens in all."""
-        if self._cache is None:
-            raise ArgumentError("reserve must follow the first attend, which makes the codes; got an unused session")
-        self._cache.reserve(room)
+        self.cache.reserve(room)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Add tokens: k, v (g, t, d), or with a leading B."""
@@ -79,6 +96,8 @@ class CudaSession:
                 self._cache.reserve(2 * (self._n + keys.shape[2]))
             for t in range(keys.shape[2]):
                 self._cache.append(keys[:, :, t], values[:, :, t])
+            if (self._n + keys.shape[2]) // LOOK > self._n // LOOK and bool((self._cache.drift() > DRIFT).any()):
+                self._cache.recode()
         self._n += keys.shape[2]
 
     def evict(self, ids: Any) -> None:
@@ -107,9 +126,12 @@ class CudaSession:
         lse: Any = cache.lse.reshape(lead).clone()
         count = cache.counts[:, :1].repeat_interleave(queries.shape[1] // cache.groups).reshape(lead)
         empty: Any = torch.isneginf(lse)  # tensors where a CPU's result has arrays
-        known: Any = torch.full_like(lse, torch.nan), *(part.reshape(lead) for part in bounds)
+        unknown: Any = torch.full_like(lse, torch.nan)
+        output_error, relative_error, lse_error = cast(Any, [part.reshape(lead) for part in bounds])
         work: Any = count, torch.full_like(count, self._n), count
-        certificate = Certificate("statistical", *known, self._policy.confidence)
+        certificate = Certificate(
+            "statistical", unknown, output_error, relative_error, lse_error, self._policy.confidence
+        )
         return Result(output.reshape(q.shape), lse, empty, certificate, Counters(*work), self._n)
 
     def _made(self, queries: torch.Tensor) -> SampledCache:

@@ -1,10 +1,13 @@
 """Compile the kernels for sm_90 on a machine without a GPU, and refuse spills and missing tensor-core instructions.
 
 python -m gpu.sm90
+
+The single launch of CUDA C++ needs cuda-bindings and NVRTC; without them its lines say so.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -18,14 +21,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import encode, gather, prepare, scan
-from gpu.sampled import scan_warps
+from gpu import encode, gather, half_space, prepare, relu, scan
+from gpu.launches import scan_warps
 
 FLOATS = set("MAP MEANS SPREADS TRIM RHO BUDGET SIGMA TAU KEY_MAP MEAN CENTRE FLOOR HALF TOP PARTS SUMS LSE".split())
+FLOATS |= set("STEPS SLACK REACH WIDTH LEVEL".split())
 HALVES = set("Q K V NEW_K NEW_V OUTPUT".split())
-WHOLE = set("PAGES LENGTHS SEEDS COUNTS FOUND STATUS".split())
-EIGHT = {"QUERIES": "*i8", "CODES": "*i8", "DRAWN": "*i64"}
+WHOLE = set("PAGES LENGTHS SEEDS COUNTS FOUND STATUS LIMITS BITS IDS".split())
+EIGHT = {"QUERIES": "*i8", "CODES": "*i8", "ROUNDED": "*i8", "KEEP": "*i8"}
+EIGHT |= {"DRAWN": "*i64", "STARTS": "*i64", "PAIRS": "*i64", "LISTED": "*i64", "POWERS": "*i64", "REPORTED": "*i64"}
 REAL = {"scale"}
+DOUBLES = set("MIDDLE SPREAD THRESHOLDS SCORES SETTINGS LARGEST TOTALS VECTORS RADIUS CAST FACTS".split())
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,31 @@ def cases() -> Iterator[Case]:
         shape = {"G": G, "GP": group, "D": D, "KEYS": min(64, 64 * 128 // D), "STAGES": 1, "PAGE": 16 * (D == 64)}
         yield Case(gather.gather, shape | common, 4, "HMMA")
         yield Case(gather.merge, {"G": G, "D": D, "SPLITS": 64, "GROW": 1, "PDL": True}, 4, "")
+    yield from half_space_cases()
+    yield from relu_cases()
+
+
+def half_space_cases() -> Iterator[Case]:
+    """The shapes that `gpu.half_space` launches, for narrow and wide keys and few and many queries."""
+    for D in (3, 80, 128, 256, 512):
+        R, ROW = half_space.padded(D), -(-D // 16) * 16
+        yield Case(half_space.prepare, {"D": D, "R": R}, 1, "")
+        for N in (8, 64):
+            shape = {"ROW": ROW, "R": R, "N": N, "TILE": half_space.tile_keys(R)}
+            yield Case(half_space.scan, shape, 4, "MMA")
+        part = min(R, 128)
+        yield Case(half_space.refine, {"D": D, "C": 2048 // part, "PART": part}, 4, "")
+    for TILE, paired in ((64, True), (128, True)):
+        yield Case(half_space.expand, {"TILE": TILE, "KEYS": half_space.SPAN, "PAIRED": paired}, 4, "")
+
+
+def relu_cases() -> Iterator[Case]:
+    """The shapes that `gpu.relu` launches; SPLITS is the most it merges."""
+    for D, DV in ((3, 5), (64, 64), (128, 128), (192, 128), (512, 512)):
+        R, RV = half_space.padded(D), half_space.padded(DV)
+        shape = {"D": D, "R": R, "DV": DV, "RV": RV, "C": relu.held_keys(R, RV)}
+        yield Case(relu.accumulate, shape, relu.warps(R, RV), "")
+        yield Case(relu.merge, {"DV": DV, "RV": RV, "SPLITS": min(relu.PARTS // RV, 64)}, 4, "")
 
 
 def compiled(case: Case) -> tuple[int, int, str]:
@@ -71,13 +102,18 @@ def compiled(case: Case) -> tuple[int, int, str]:
     attributes = {(i,): aligned for i, name in enumerate(names) if kinds.get(name, "").startswith("*") or _even(name)}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case.warps})
+    return inspected(built.asm["cubin"])
+
+
+def inspected(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, spilled bytes and instructions, and the machine code of a compiled kernel."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(built.asm["cubin"])
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(cubin)
         usage, code = (
             subprocess.run(
-                [str(tools / "cuobjdump"), option, str(cubin)],
+                [str(tools / "cuobjdump"), option, str(binary)],
                 capture_output=True, text=True, check=True, env={"PATH": f"{tools}:/usr/bin:/bin"},
             ).stdout
             for option in ("-res-usage", "-sass")
@@ -87,9 +123,20 @@ def compiled(case: Case) -> tuple[int, int, str]:
     return int(found[1]), int(found[2]) + len(re.findall(r"\b(?:STL|LDL)\b", code)), code
 
 
+def step_settings() -> Iterator[dict[str, int]]:
+    """What `step.cu` is compiled with: widths, heads, codes of nibbles and of 2-bit words, warps."""
+    for D, G, nibbles, crumbs, warps in (
+        (128, 4, 32, 0, 10), (128, 4, 16, 8, 10), (128, 4, 16, 8, 8), (128, 4, 64, 0, 8), (128, 8, 32, 0, 8),
+        (64, 7, 16, 8, 10), (64, 1, 32, 0, 8), (256, 8, 64, 0, 8),
+    ):  # fmt: skip
+        for systematic, page in ((1, 0), (0, 16)):
+            shape = {"D": D, "G": G, "NIBBLES": nibbles, "CRUMBS": crumbs, "WARPS": warps, "STAGES": 3}
+            yield shape | {"SYSTEMATIC": systematic, "REDRAW": 1, "LISTING": 0, "GROW": 1, "PAGE": page, "BF16": 1}
+
+
 def _kind(name: str) -> str:
     """Triton's type of an argument, which the kernels' names give away."""
-    groups = ((FLOATS, "*fp32"), (HALVES, "*bf16"), (WHOLE, "*i32"), (REAL, "fp32"))
+    groups = ((FLOATS, "*fp32"), (DOUBLES, "*fp64"), (HALVES, "*bf16"), (WHOLE, "*i32"), (REAL, "fp32"))
     return EIGHT.get(name) or next((kind for names, kind in groups if name in names), "i32")
 
 
@@ -100,15 +147,24 @@ def _even(name: str) -> bool:
 
 def main() -> int:
     """Print a line per case; 1 if one spills or lacks its instruction."""
-    failed = 0
-    for case in cases():
-        registers, spilled, code = compiled(case)
-        bad = spilled > 0 or case.must not in code
-        failed += bad
-        settings = " ".join(f"{name} {value}" for name, value in case.settings.items())
-        line = f"{case.kernel.__name__} registers {registers} spilled {spilled} {settings}"
-        sys.stdout.write(f"{'FAIL' if bad else 'ok  '} {line}\n")
+    failed = sum(_told(case.kernel.__name__, case.settings, case.must, compiled(case)) for case in cases())
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        sys.stdout.write("none step: cuda-bindings is not installed\n")
+        return int(failed > 0)
+    from gpu.compiled import machine_code  # only where cuda-bindings is
+
+    for settings in step_settings():
+        failed += _told("step", settings, "IMMA", inspected(machine_code("step.cu", settings, "sm_90")))
     return int(failed > 0)
+
+
+def _told(name: str, settings: dict[str, Any], must: str, found: tuple[int, int, str]) -> bool:
+    """Print a line; whether the kernel spills or lacks its instruction."""
+    registers, spilled, code = found
+    bad = spilled > 0 or must not in code
+    chosen = " ".join(f"{key} {value}" for key, value in settings.items())
+    sys.stdout.write(f"{'FAIL' if bad else 'ok  '} {name} registers {registers} spilled {spilled} {chosen}\n")
+    return bad
 
 
 if __name__ == "__main__":

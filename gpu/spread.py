@@ -61,7 +61,8 @@ def spread(cache: SampledCache, q: torch.Tensor, output: torch.Tensor) -> Spread
     shares = risks * apart
     doubt = (1 - chance).sum(3)
     typical = ((1 - chance) * weights * far.sqrt()).sum(3) / doubt.clamp(min=1e-30)
-    found = risks.sum(3), shares.sum(3), shares.sum(3).square() / shares.square().sum(3).clamp(min=1e-38), doubt * typical.square()
+    carried = shares.sum(3).square() / shares.square().sum(3).clamp(min=1e-38)
+    found = risks.sum(3), shares.sum(3), carried, doubt * typical.square()
     unknown = ((count > cache.cap) & ~whole)[..., None]  # more was drawn than the list holds
     filled = (torch.where(whole[..., None], 0.0, torch.where(unknown, math.inf, part)) for part in found)
     return Spread(*(part.expand(B, g, G).reshape(B, g * G) for part in filled))
@@ -76,7 +77,7 @@ class Bounds(NamedTuple):
 
 
 def bounds(cache: SampledCache, found: Spread, output: torch.Tensor, confidence: float) -> Bounds:
-    """Bounds that hold with about the confidence each; output (B, h, d) of the kernels' dtype, whose rounding counts."""
+    """Bounds that hold with about the confidence each; output (B, h, d), whose dtype's rounding counts."""
     B, h = found.square.shape
     distance, directions = (
         part.view(B, -1, 1).expand(B, -1, cache.per).reshape(B, h) for part in (cache.distance, cache.directions)
@@ -113,4 +114,3 @@ def adjust(cache: SampledCache, found: Spread, eps: float) -> None:
     change = (square / wanted).nan_to_num(4.0).clamp(0.25, 4.0)
     budget = cache.budget.view(B, g, -1)[:, :, :per]
     budget.copy_((budget * change).clamp(LEAST, max(LEAST, eps**-2)))
-

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from gpu.sampled import SampledCache
 
 POINTERS = (
-    "q k v new_k new_v output pages codes query_map means spreads key_map key_mean centre floor half top lengths counts "
-    "found status tickets seeds trim rho budget parts sums lse drawn"
+    "q k v new_k new_v output pages codes query_map means spreads key_map key_mean centre floor half top lengths "
+    "counts found status tickets seeds trim rho budget parts sums lse drawn"
 ).split()
 STRIDES = "q_b q_h k_b k_h k_n k_p v_b v_h v_n v_p a_b a_h b_b b_h o_b o_h".split()
 COUNTS = "room groups sinks recent least crowd cap padded most".split()
@@ -58,7 +58,7 @@ class Step:
         self._cache = cache
         planes, device, heads = cache.planes, cache.keys.device, cache.batch * cache.groups
         if warps is None:
-            warps = 8 if cache.width > 128 or planes.row >= 64 or cache.room < LONG else 12
+            warps = 8 if cache.width > 128 or planes.row >= 64 or cache.room < LONG else 10
         self._warps = warps
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._splits = min(max(processors // heads, 1), MOST)
@@ -84,7 +84,8 @@ class Step:
         """Whether this launch has a form for the cache."""
         planes = cache.planes
         whole = planes.nibbles % 16 == 0 and (planes.row - planes.nibbles) % 8 == 0
-        there = cache.keys.is_cuda and importlib.util.find_spec("cuda.bindings") is not None
+        there = cache.keys.is_cuda and importlib.util.find_spec("cuda") is not None
+        there = there and importlib.util.find_spec("cuda.bindings") is not None
         return there and whole and cache.per <= 8
 
     def __call__(self, q: torch.Tensor, output: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None) -> None:

@@ -27,7 +27,7 @@ class Tokens:
         """Copy k, v (B, g, n, d) into memory of its own, a token's key beside its value, with room for ``room``."""
         self.batch, self.groups, n, self.width = k.shape
         self.room = -(-checks.whole("room", n + n // 4 if room is None else room, n) // BLOCK) * BLOCK
-        self._own = k.new_zeros(self.batch, self.groups, self.room, 2, self.width)
+        self._own: torch.Tensor | None = k.new_zeros(self.batch, self.groups, self.room, 2, self.width)
         self.keys, self.values = self._own[..., 0, :], self._own[..., 1, :]
         self.keys[:, :, :n], self.values[:, :, :n] = k, v
         self.pages: torch.Tensor | None = None
@@ -61,7 +61,7 @@ class Tokens:
             room = most * tokens.page
         tokens.room = room // BLOCK * BLOCK
         if not tokens.room:
-            raise ArgumentError(f"k must have room for at least {BLOCK} tokens a sequence where it is used in place; got {room}")
+            raise ArgumentError(f"k must have room for {BLOCK} tokens where it is used in place; got {room}")
         return tokens
 
     @property
@@ -109,5 +109,5 @@ class Tokens:
 def sizes(lengths: Any, tokens: Tokens, given: int | None) -> np.ndarray:
     """(B,) int64: tokens of each sequence, ``given`` where nothing else is said."""
     if lengths is None and given is None:
-        raise ArgumentError("lengths must say how many tokens each sequence has, where k and v are used in place; got None")
+        raise ArgumentError("lengths must be given where k and v are used in place; got None")
     return checks.lengths("lengths", lengths, (tokens.batch,), tokens.room if given is None else given, least=1)

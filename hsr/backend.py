@@ -72,11 +72,29 @@ ROWS = (
     Row("attend", "numba", "attention.attend_numba", "cpu", "weighted values over reported keys", "k keys"),
     Row("attend", "reference", "attention.reference", "cpu", "the definition, plain float64 numpy", "k keys"),
     Row(
+        "index",
+        "int8",
+        "gpu.index",
+        "cuda",
+        "exact reporting where the keys lie on a GPU; int8 codes with a proven bound",
+        "n codes, then the keys that their bound lets pass",
+        ("torch", "triton"),
+    ),
+    Row(
         "session",
         "cuda",
         "gpu.session",
         "cuda",
-        "sampled decode in four launches",
+        "sampled decode in one launch (CUDA C++) or four (Triton)",
+        "n codes, k keys",
+        ("torch", "triton"),
+    ),
+    Row(
+        "session",
+        "relu",
+        "gpu.relu",
+        "cuda",
+        "exact ReLU^alpha decode over reported keys, certified",
         "n codes, k keys",
         ("torch", "triton"),
     ),
@@ -127,6 +145,22 @@ def choose(op: str, method: str, *, device: str = "cpu", **call: object) -> Call
     if reason is not None:
         raise BackendUnavailable(f"method {method!r} cannot serve this call: it {reason}")
     return row.function()
+
+
+def preferred(op: str, *, device: str, **call: object) -> Callable[..., Any]:
+    """The function of the first row, in order of preference, that serves the call.
+
+    Raises:
+        BackendUnavailable: none does; the message has the reason of each.
+    """
+    reasons = []
+    for row in ROWS:
+        if row.op == op:
+            reason = row.refusal(device, **call)
+            if reason is None:
+                return row.function()
+            reasons.append(f"{row.method!r} {reason}")
+    raise BackendUnavailable(f"no {op} serves this call: " + "; ".join(reasons))
 
 
 def named(op: str, method: str) -> Row:

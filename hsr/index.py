@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hsr import brute_numba, checks, selection, storage
-from hsr.backend import choose, named
+from hsr.backend import choose, named, preferred
 from hsr.errors import ArgumentError
 from hsr.growth import Segment, covered, grown, merge_start, with_room
 from hsr.report import Hits, Report
@@ -36,7 +36,7 @@ class HSRIndex:
 
     Args:
         keys: (n, d), or (g, n, d) for g key-value heads, n >= 1; float64, float32, float16 or bfloat16; a numpy array
-            or a torch CPU tensor.
+            or a torch CPU tensor.  A CUDA tensor is served by the table's row ``index``, see `gpu.index`.
         method: a name of the dispatch table (`hsr.methods`), or "auto": chosen from n, d and the pruning power
             measured on a sample; `explain` says why.
         buffer: appended keys that collect, scored exactly, before they are built into a structure.
@@ -48,6 +48,11 @@ class HSRIndex:
     Source: Algorithm 1 of arXiv 2410.10165 (init, query, insert, remove); insertion by the logarithmic method (Bentley
     and Saxe 1980), removal by global rebuilding (Overmars 1983).
     """
+
+    def __new__(cls, keys: Any = None, *args: Any, **settings: Any) -> HSRIndex:
+        """An index, or one of the subclass that serves keys on a GPU; Python then calls that one's constructor."""
+        device = getattr(getattr(keys, "device", None), "type", "cpu") if cls is HSRIndex else "cpu"
+        return object.__new__(preferred("index", device=device) if device == "cuda" else cls)  # type: ignore[arg-type]
 
     def __init__(self, keys: Any, method: str = "auto", *, buffer: int = 256) -> None:
         array = checks.floats("keys", keys, (2, 3))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array
+
+from hsr.errors import ArgumentError
 
 
 class Hits(NamedTuple):
@@ -23,7 +26,8 @@ class Hits(NamedTuple):
 class Report:
     """The keys in each query's closed half-space ``<q, k> >= b``, in CSR form.
 
-    Row ``i`` is query ``i`` of the flattened leading axes: ``i`` for queries ``(m, d)``, ``head * m + i`` for queries
+    Arrays are numpy's, or torch tensors on the GPU that holds the index's keys; `cpu` copies a report to the host.  Row
+    ``i`` is query ``i`` of the flattened leading axes: ``i`` for queries ``(m, d)``, ``head * m + i`` for queries
     ``(h, m, d)``.  The order of keys inside a row is unspecified; the same call gives the same order.
 
     Attributes:
@@ -37,27 +41,40 @@ class Report:
         method: name of the index structure that answered.
     """
 
-    offsets: np.ndarray
-    indices: np.ndarray
-    scores: np.ndarray
+    offsets: Any
+    indices: Any
+    scores: Any
     shape: tuple[int, ...]
     n: int
-    scanned: np.ndarray
-    visited: np.ndarray
+    scanned: Any
+    visited: Any
     method: str
 
     @property
-    def counts(self) -> np.ndarray:
+    def counts(self) -> Any:
         """Reported keys per query, int64, in the queries' leading shape."""
-        return np.diff(self.offsets).reshape(self.shape)
+        return (self.offsets[1:] - self.offsets[:-1]).reshape(self.shape)
 
-    def row(self, *position: int) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, *position: int) -> tuple[Any, Any]:
         """Indices and scores of one query, as views: ``row(i)`` or ``row(head, i)``."""
         i = int(np.ravel_multi_index(position, self.shape))
-        part = slice(self.offsets[i], self.offsets[i + 1])
+        part = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         return self.indices[part], self.scores[part]
 
+    def cpu(self) -> Report:
+        """The report with numpy arrays: itself, or a copy of one on a GPU."""
+        if isinstance(self.offsets, np.ndarray):
+            return self
+        arrays = {name: value.cpu().numpy() for name, value in vars(self).items() if hasattr(value, "cpu")}
+        return dataclasses.replace(self, **arrays)
+
     def to_scipy(self) -> csr_array:
-        """A ``scipy.sparse.csr_array`` of shape (rows, n) holding the scores; zero scores stay explicit."""
+        """A ``scipy.sparse.csr_array`` of shape (rows, n) holding the scores; zero scores stay explicit.
+
+        Raises:
+            ArgumentError: the report lies on a GPU.
+        """
+        if not isinstance(self.offsets, np.ndarray):
+            raise ArgumentError(f"report must be on the host, as report.cpu() is; got one on {self.offsets.device}")
         rows = len(self.offsets) - 1
         return csr_array((self.scores, self.indices, self.offsets), shape=(rows, self.n), copy=True)

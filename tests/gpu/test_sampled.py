@@ -1,7 +1,8 @@
-"""The kernels of a sampled decode step, on the GPU or under Triton's interpreter (float16: bfloat16 is wrong there)."""
+"""The four launches of a sampled decode step, on the GPU or interpreted (float16: bfloat16 is wrong there)."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -12,7 +13,9 @@ pytest.importorskip("triton")
 
 from attention import DecodeSession, Sampled  # noqa: E402
 from gpu import planes  # noqa: E402
-from gpu.sampled import Draws, SampledCache  # noqa: E402
+from gpu.launches import Tuning  # noqa: E402
+from gpu.sampled import Draws  # noqa: E402
+from gpu.sampled import SampledCache as Cache  # noqa: E402
 from hsr.backend import choose  # noqa: E402
 from hsr.errors import ArgumentError, BackendUnavailable  # noqa: E402
 from hsr.lifted_numba import generators, number  # noqa: E402
@@ -22,6 +25,7 @@ pytestmark = [  # of the interpreter: numpy computes masked lanes too, and takes
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
 
+SampledCache = functools.partial(Cache, tuning=Tuning(single=False))
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
 ALL = 1e7  # a budget beyond all keys
@@ -276,8 +280,8 @@ def test_a_session_on_the_gpu_appends_attends_and_replays():
     assert session.n == 4003
     assert ((found.output[:, :, 0].double() - wanted).norm(dim=-1) < 0.1 * wanted.norm(dim=-1)).all()
     assert (found.lse[..., 0].double() - lse).abs().max() < 0.1
-    session._far.reserve(5000)
-    cache = session._far._cache
+    session.gpu.reserve(5000)
+    cache = session.gpu.cache
     output = torch.empty_like(q)
     token = k[:, :, 0].contiguous(), v[:, :, 0].contiguous()
     cache.step(q, *token, output)
