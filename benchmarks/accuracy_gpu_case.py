@@ -25,7 +25,7 @@ from gpu.sampled import Draws, SampledCache
 DEVICE = decode_gpu_case.DEVICE
 TOKENS, QUICK_TOKENS = 8192, 512
 SHARES = (0.01, 0.05)  # of the keys, drawn for each head
-SETTINGS = {"fast": (24, (4,)), "fast-mixed": (24, (4, 2)), "quality": (32, (4,)), "quality-mixed": (32, (4, 2))}
+SETTINGS = {"fast": (24, (4, 2)), "quality": (32, (4, 2)), "quality-nibbles": (32, (4,))}
 SETTLE = 2  # rounds over the queries before any counts, in which thresholds settle
 
 

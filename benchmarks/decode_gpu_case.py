@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,8 @@ ROTATED = 4e8  # bytes of codes, at least, that a round of rotating inputs reads
 COPIES = 24
 ROOM = 2048  # tokens that the measurements may append
 REPLAYS = 9
+SCANNED = 2.0  # keys a head draws where the scan alone is timed
+BUILT = 32768  # tokens whose codes' making is timed
 FAITHFUL = 2.0  # times the error of drawing by exact scores that drawing by codes may have
 EXACT = 6e-3  # largest relative error of an output over all keys, bfloat16
 
@@ -48,15 +51,17 @@ class Setting:
     share: float
     least: int
     most: int
+    widths: tuple[int, ...] = (4, 2)
 
     def draws(self, d: int, n: int) -> Draws:
         """What to draw from n keys."""
-        return Draws(float(min(max(n * self.share, self.least), self.most)), self.row[d], widths=(4,))
+        return Draws(float(min(max(n * self.share, self.least), self.most)), self.row[d], widths=self.widths)
 
 
 SETTINGS = (
-    Setting("fast", {64: 24, 128: 32, 256: 64}, 0.012, 192, 1024),
-    Setting("quality", {64: 32, 128: 64, 256: 128}, 0.024, 384, 2048),
+    Setting("fast", {64: 24, 128: 24, 256: 48}, 0.012, 192, 1024),
+    Setting("quality", {64: 32, 128: 48, 256: 96}, 0.024, 384, 2048),
+    Setting("nibbles", {64: 32, 128: 32, 256: 64}, 0.012, 192, 1024, widths=(4,)),  # as many axes, all of 4 bits
 )
 
 
@@ -224,27 +229,64 @@ def ours(inputs: Inputs, setting: Setting, fits: dict[str, Planes], read: float)
             f"drawing by exact scores would by {ideal_err:.4f}"
         )
     us = replay_us(calls)
-    upto = [
-        replay_us([launch for cache in copies for launch in list(cache.launches(inputs.q[0], outputs))[:many]]) * many
-        for many in (1, 2, 3)
-    ]
+    attend_us = replay_us([partial(cache.attend, q, outputs) for cache in copies for q in inputs.q])
+    drawn = [float(first.counts[:, 0].float().mean()), *first.status.sum(0).tolist()]
+    for cache in copies:  # hardly anything to attend to: what is left is the scan, and what every step costs
+        cache.budget.fill_(SCANNED)
+        cache.floor = 0
+    for _ in range(8):
+        for call in calls:
+            call()
+    scan_us = replay_us(calls)
     moved = B * g * (n * draws.bytes_per_key + union * 4 * d)
     found: dict[str, Any] = {
         "us": us,
         "rel_err": rel_err,
         "keys_per_head": draws.budget,
         "union_keys": union,
-        "scan_us": upto[1] - upto[0],
-        "gather_us": upto[2] - upto[1],
+        "scan_us": scan_us,
+        "gather_us": us - scan_us,
+        "append_us": us - attend_us,
+        "launches": 1 if first.single else 4,
         "hbm_fraction": moved / (us * 1e-6) / read,
+        "scan_hbm_fraction": first.codes.nbytes / (scan_us * 1e-6) / read,
         "ideal_err": ideal_err,
         "oracle_err": oracle_err,
-        "prepare_us": upto[0],
-        "beside_plan": [int(count) for count in first.status.sum(0)],
-    }
-    if found["beside_plan"][-1]:
+        "beside_plan": [int(count) for count in drawn[1:]],
+    } | build_times(inputs, first, n)
+    if first.status[:, -1].any():
         raise WrongAnswer("the cache refused tokens: the measurement appended more than it has room for")
     return found
+
+
+def build_times(inputs: Inputs, cache: SampledCache, n: int) -> dict[str, float | None]:
+    """Milliseconds of the codes' making at the end of a prefill, with the coder known, and of its dense attention."""
+    if n != BUILT or inputs.k.shape[0] > 1:
+        return {"build_ms": None, "prefill_ms": None}
+    h, scale = inputs.q.shape[2], cache.scale
+    lengths = np.full(1, n)
+    build = lambda: SampledCache.adopted(  # noqa: E731
+        inputs.k, inputs.v, h, cache.draws, scale, lengths=lengths, coded=cache.planes
+    )
+    q = torch.randn(1, h, n, inputs.k.shape[3], device="cuda").bfloat16()
+
+    def prefill() -> object:
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            return F.scaled_dot_product_attention(q, inputs.k, inputs.v, is_causal=True, enable_gqa=True)
+
+    return {"build_ms": _eager_ms(build), "prefill_ms": _eager_ms(prefill)}
+
+
+def _eager_ms(call: Call) -> float:
+    """Milliseconds of a call from the host's start to the device's end, median of nine."""
+    taken = []
+    for _ in range(REPLAYS + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        taken.append((time.perf_counter() - start) * 1e3)
+    return float(np.median(taken[1:]))
 
 
 def tiled(array: np.ndarray, B: int) -> np.ndarray:

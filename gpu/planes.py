@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsr.coder import Coder, fit
+from hsr.coder import EVERY, Coder, fit
 from hsr.errors import ArgumentError
 
 SHIFTS = (0, 4, 2, 6)  # nibble columns use the first two
@@ -79,7 +79,8 @@ def fitted(
         raise ArgumentError(f"bytes_per_key must be one of {', '.join(map(str, ROWS))} on cuda; got {row}")
     lifted = np.concatenate([keys, lift[..., None] / scale], axis=2)
     known = None if queries is None else np.concatenate([queries, np.ones((*queries.shape[:2], 1))], axis=2)
-    return planes_of(fit(lifted, row, known, widths, GRAIN), scale)
+    grain = GRAIN if 2 in widths or row % 16 == 0 else EVERY  # else `gpu.step` has no form
+    return planes_of(fit(lifted, row, known, widths, grain), scale)
 
 
 def planes_of(coder: Coder, scale: float) -> Planes:

@@ -34,7 +34,7 @@ LISTS = 1 << 27  # candidates that one scan has room for, unless one row needs m
 STEEPEST = 2.0**700  # scale up to which scores of float32 inputs are within float64
 
 
-def refuses(plan: Plan) -> str | None:
+def refuses(*, plan: Plan, **call: object) -> str | None:
     """Why the kernels cannot serve the plan; None if they can."""
     return None if isinstance(plan.weight, ReLUPower) else "serves the weight ReLUPower(alpha, b) alone"
 
