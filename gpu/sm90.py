@@ -126,8 +126,8 @@ def inspected(cubin: bytes) -> tuple[int, int, str]:
 def step_settings() -> Iterator[dict[str, int]]:
     """What `step.cu` is compiled with: widths, heads, codes of nibbles and of 2-bit words, warps."""
     for D, G, nibbles, crumbs, warps in (
-        (128, 4, 32, 0, 10), (128, 4, 16, 8, 10), (128, 4, 16, 8, 8), (128, 4, 64, 0, 8), (128, 8, 32, 0, 8),
-        (64, 7, 16, 8, 10), (64, 1, 32, 0, 8), (256, 8, 64, 0, 8),
+        (128, 4, 32, 0, 8), (128, 4, 16, 8, 12), (128, 4, 16, 8, 8), (128, 4, 32, 16, 8), (128, 8, 32, 0, 8),
+        (64, 7, 16, 8, 12), (64, 1, 32, 0, 8), (256, 8, 64, 0, 8),
     ):  # fmt: skip
         for systematic, page in ((1, 0), (0, 16)):
             shape = {"D": D, "G": G, "NIBBLES": nibbles, "CRUMBS": crumbs, "WARPS": warps, "STAGES": 3}
@@ -154,7 +154,9 @@ def main() -> int:
     from gpu.compiled import machine_code  # only where cuda-bindings is
 
     for settings in step_settings():
-        failed += _told("step", settings, "IMMA", inspected(machine_code("step.cu", settings, "sm_90")))
+        registers, _, code = inspected(machine_code("step.cu", settings, "sm_90"))
+        loop = code[code.find("IMMA") : code.rfind("HMMA")]  # a scalar kept in memory across it costs nothing
+        failed += _told("step", settings, "IMMA", (registers, len(re.findall(r"\b(?:STL|LDL)\b", loop)), code))
     return int(failed > 0)
 
 

@@ -28,6 +28,7 @@ constexpr int LIST = BLOCK + EIGHT;
 constexpr int UNIT = 24;
 constexpr int LINE = 32;
 constexpr int EVERY = 8, PARTS = 16;             // as in `gpu.scan`
+constexpr int LINES = D / 64;                     // cache lines of a key
 constexpr int COLUMNS = 4;                       // of STATUS: crowded, (unused), starved, refused
 constexpr int SLICES = AXES <= THREADS ? THREADS / AXES : 1;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -138,6 +139,11 @@ struct Head {
   }
   __device__ __forceinline__ const u16 *value(int id) const {
     return id == newest ? a.new_v + batch * a.b_b + inner * a.b_h : v + offset(id, a.v_n, a.v_p);
+  }
+  // Ask for a line of a key or of its value, which will be attended to after some more blocks.
+  __device__ __forceinline__ void expect(int id, int line) const {
+    const u16 *at = line < LINES ? key(id) + 64 * line : value(id) + 64 * (line - LINES);
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
   }
 };
 
@@ -504,8 +510,9 @@ struct Block {
         if (first >= stop || first + position(threadIdx.x % SHARE, j) < start) pi[j] = 0;
   }
 
-  // List the drawn keys of a block with the base-2 logarithms of their chances; returns how many.
-  __device__ __forceinline__ int draw(u32 seed, int block, int *id, float *chance, float &alone0, float &alone1) const {
+  // List the drawn keys of a block with the base-2 logarithms of their chances; returns how many.  One block in EVERY
+  // adds to `found` how many the heads alone would draw.
+  __device__ __forceinline__ int draw(u32 seed, int block, int *id, float *chance, float *found) const {
     const int lane = threadIdx.x % 32;
     int ordered[2];  // in order of keys: this lane has keys 2 lane and 2 lane + 1
     #pragma unroll
@@ -541,15 +548,15 @@ struct Block {
     #pragma unroll
     for (int j = 0; j < 2; j++)
       if (take[j]) id[place[j]] = block * BLOCK + 2 * lane + j, chance[place[j]] = log2_((float)ordered[j]) - UNIT;
-    if (block % EVERY == 0)  // what the heads alone would draw
+    if (block % EVERY == 0)
       #pragma unroll
       for (int t = 0; t < TILES; t++)
         #pragma unroll
         for (int j = 0; j < 2; j++) {
           int key = position(t, j);
-          bool drawn = (key % 2 ? mask1 : mask0) >> (key / 2) & 1;
-          float most = fminf(best[t][j], 0.f);
-          alone0 += drawn ? exp2_(fminf(each[t][j][0], 0.f) - most) : 0.f, alone1 += drawn ? exp2_(fminf(each[t][j][1], 0.f) - most) : 0.f;
+          const float most = fminf(best[t][j], 0.f);
+          if ((key % 2 ? mask1 : mask0) >> (key / 2) & 1)
+            for (int g = 0; g < 2; g++) atomicAdd(found + heads() + g, exp2_(fminf(each[t][j][g], 0.f) - most));
         }
     return many;
   }
@@ -585,6 +592,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
   const bool grown = GROW && before < a.room;
   const int start = min(n, a.sinks), stop = max(max(n - a.recent, 0) / BLOCK * BLOCK, start);
   Head head{a, a.k + batch * a.k_b * (PAGE ? 0 : 1) + inner * a.k_h, a.v + batch * a.v_b * (PAGE ? 0 : 1) + inner * a.v_h, batch, inner, grown ? before : -1};
+  if (lane < 2 * LINES && mine < n - stop + start) head.expect(mine < start ? mine : mine + stop - start, lane);
   if (thread < 8) s.found[thread] = 0.f;
   if (thread == 0) s.count = 0;
   maps.set(a, s, index, query, stop - start, [&] {
@@ -593,10 +601,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
   });
 
   const u32 seed = mixed((u32)a.seeds[index] ^ mixed((REDRAW ? (u32)n : 0u) + 0x7F4A7C15u));
-  float *ends = a.sums + (i64)index * splits * 2 * G, *parts = a.parts + (i64)index * splits * G * D;
   int *id = s.id[warp];
   float *chance = s.chance[warp];
-  u16 *output = a.output + batch * a.o_b + inner * G * a.o_h;
   int count = 0, found = 0;  // keys that the head drew, and what its heads alone would
   bool starved = false;
 
@@ -604,8 +610,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
     const Queries queries(s, starved);
     const int worker = starved ? warp : mine, workers = starved ? WARPS : stride;
     const int blocks = stop > start ? stop / BLOCK : 0, certain = n - stop + start;
-    float alone0 = 0.f, alone1 = 0.f;  // keys that heads h, h + 1 alone would draw, as one block in EVERY estimates it
-    int listed = 0, drawn = 0, stage = 0, sure = worker, block = worker;
+    int listed = 0, stage = 0, sure = worker, block = worker;
     Sums sums;
     for (;;) {
       while (listed < EIGHT && block < blocks) {
@@ -616,7 +621,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
         keys.score(ring[stage], queries);
         keys.chances(block * BLOCK, start, stop);
         if (!SYSTEMATIC || (uniform(seed, block) + __reduce_add_sync(~0u, (u32)(keys.pi[0] + keys.pi[1]))) >> UNIT != 0) {
-          int many = keys.draw(seed, block, id + listed, chance + listed, alone0, alone1);
+          int many = keys.draw(seed, block, id + listed, chance + listed, s.found);
           if (LISTING && !starved) {
             __syncwarp();
             int at = many && lane == 0 ? atomicAdd(a.counts + index * LINE + 2, many) : 0;
@@ -624,7 +629,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
             for (int i = lane; i < many; i += 32)
               if (at + i < a.cap) a.drawn[(i64)index * a.cap + at + i] = (i64)rintf(exp2f(chance[listed + i] + UNIT)) << 32 | id[listed + i];
           }
-          listed += many, drawn += many;
+          if (lane == 0) atomicAdd(&s.count, many);
+          __syncwarp();
+          for (int i = lane; i < many * 2 * LINES; i += 32) head.expect(id[listed + i / (2 * LINES)], i % (2 * LINES));
+          listed += many;
         }
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         block += workers;
@@ -638,11 +646,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
       sums.attend(head, s.rows, id + listed, chance + listed, size);
       __syncwarp();
     }
-    alone0 = summed(alone0, 4, 32), alone1 = summed(alone1, 4, 32);
-    if (KEYS == 2) alone0 = summed(alone0, 2, 4), alone1 = summed(alone1, 2, 4);
-    if (!starved && r == 0 && (KEYS == 1 || c < 2)) atomicAdd(&s.found[heads()], alone0), atomicAdd(&s.found[heads() + 1], alone1);
-    if (!starved && lane == 0 && drawn > 0) atomicAdd(&s.count, drawn);
     __syncthreads();
+    float *parts = a.parts + (i64)index * splits * G * D, *ends = a.sums + (i64)index * splits * 2 * G;
+    u16 *output = a.output + batch * a.o_b + inner * G * a.o_h;
     gathered(s, sums, parts + (starved ? 0 : split) * G * D, ends + (starved ? 0 : split) * 2 * G);
     if (starved) {
       __syncthreads();
@@ -665,9 +671,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
     #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) fetch(warp + i * WARPS, i, stop / BLOCK);
   }
-  if (grown && split == 0) {  // the token's place in the cache: in this step everyone takes it from where it came
-    u16 *k = const_cast<u16 *>(head.k + head.offset(before, a.k_n, a.k_p)), *v = const_cast<u16 *>(head.v + head.offset(before, a.v_n, a.v_p));
-    for (int d = thread; d < D; d += THREADS) k[d] = head.key(before)[d], v[d] = head.value(before)[d];
+  const int newest = head.newest;
+  if (newest >= 0 && split == 0) {  // the token's place in the cache: in this step everyone takes it from where it came
+    u16 *k = const_cast<u16 *>(head.k + head.offset(newest, a.k_n, a.k_p)), *v = const_cast<u16 *>(head.v + head.offset(newest, a.v_n, a.v_p));
+    for (int d = thread; d < D; d += THREADS) k[d] = head.key(newest)[d], v[d] = head.value(newest)[d];
   }
   if (!s.last) return;
 
@@ -680,12 +687,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
     int *status = a.status + index * COLUMNS;
     if (count > a.crowd) status[0]++;
     if (starved) status[2]++;
-    if (GROW && !grown) status[3]++;
-    if (grown) a.lengths[index] = n;
+    if (GROW && newest < 0) status[3]++;
+    if (newest >= 0) a.lengths[index] = newest + 1;
   }
-  if (grown && n % BLOCK == 0) {
+  if (newest >= 0 && newest % BLOCK == BLOCK - 1) {
     __syncthreads();
-    encoded(a, s, head, index, n - BLOCK);
+    encoded(a, s, head, index, newest + 1 - BLOCK);
   }
 }
 extern "C" __constant__ int shared_bytes = sizeof(Shared);

@@ -20,7 +20,7 @@ POINTERS = (
 ).split()
 STRIDES = "q_b q_h k_b k_h k_n k_p v_b v_h v_n v_p a_b a_h b_b b_h o_b o_h".split()
 COUNTS = "room groups sinks recent least crowd cap padded most".split()
-LONG = 1 << 16  # tokens from which more warps of a program pay
+LONG = 1 << 18  # tokens from which more warps of a program pay
 MOST = 64  # programs of a head
 RING = 150_000  # bytes of shared memory for codes
 
@@ -58,7 +58,7 @@ class Step:
         self._cache = cache
         planes, device, heads = cache.planes, cache.keys.device, cache.batch * cache.groups
         if warps is None:
-            warps = 8 if cache.width > 128 or planes.row >= 64 or cache.room < LONG else 10
+            warps = 12 if cache.width <= 128 and planes.row < 32 and cache.room >= LONG else 8
         self._warps = warps
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._splits = min(max(processors // heads, 1), MOST)

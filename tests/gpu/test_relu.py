@@ -83,7 +83,8 @@ def test_attention_is_exact_and_certified(dtype, data):
     for name, bound in theirs.items():
         finite = np.isfinite(bound)
         assert (plain(getattr(found.certificate, name))[finite] <= 4 * bound[finite] + 1e-12).all(), name
-    assert np.array_equal(found.empty.cpu().numpy(), other.empty)
+    sure = np.isfinite(theirs["lse_error"])  # elsewhere rounding decides whether a row is empty
+    assert np.array_equal(found.empty.cpu().numpy()[sure], other.empty[sure])
     assert (np.abs(found.counters.reported.cpu().numpy() - other.counters.reported) <= n * (kind == "lattice")).all()
 
 

@@ -117,9 +117,8 @@ def test_it_draws_what_the_four_launches_draw(d, G, row, systematic):
             lists = [cache.drawn[head, : int(cache.counts[head, 0])] for cache in (one, four)]
             ids = [set((part & 0x7FFFFFFF).tolist()) for part in lists]
             assert len(ids[0]) == len(lists[0])
-            assert (
-                len(ids[0] ^ ids[1]) <= 0.15 * len(ids[1]) + 8
-            )  # queries are rounded a little differently, TF32 being there
+            apart = len(ids[0] ^ ids[1])  # TF32 there rounds the queries a little differently
+            assert apart <= 0.15 * len(ids[1]) + 8
         assert (one.lse - four.lse).abs().max() < 0.1
         assert (found.float() - wanted.float()).norm(dim=-1).mean() < 0.1 * wanted.float().norm(dim=-1).mean()
         four.trim.copy_(one.trim)
