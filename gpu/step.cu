@@ -28,7 +28,6 @@ constexpr int LIST = BLOCK + EIGHT;
 constexpr int UNIT = 24;
 constexpr int LINE = 32;
 constexpr int EVERY = 8, PARTS = 16;             // as in `gpu.scan`
-constexpr int LINES = D / 64;                     // cache lines of a key
 constexpr int COLUMNS = 4;                       // of STATUS: crowded, (unused), starved, refused
 constexpr int SLICES = AXES <= THREADS ? THREADS / AXES : 1;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -139,11 +138,6 @@ struct Head {
   }
   __device__ __forceinline__ const u16 *value(int id) const {
     return id == newest ? a.new_v + batch * a.b_b + inner * a.b_h : v + offset(id, a.v_n, a.v_p);
-  }
-  // Ask for a line of a key or of its value, which will be attended to after some more blocks.
-  __device__ __forceinline__ void expect(int id, int line) const {
-    const u16 *at = line < LINES ? key(id) + 64 * line : value(id) + 64 * (line - LINES);
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
   }
 };
 
@@ -511,8 +505,8 @@ struct Block {
   }
 
   // List the drawn keys of a block with the base-2 logarithms of their chances; returns how many.  One block in EVERY
-  // adds to `found` how many the heads alone would draw.
-  __device__ __forceinline__ int draw(u32 seed, int block, int *id, float *chance, float *found) const {
+  // adds to `alone` how many this lane's two heads would draw by themselves.
+  __device__ __forceinline__ int draw(u32 seed, int block, int *id, float *chance, float (&alone)[2]) const {
     const int lane = threadIdx.x % 32;
     int ordered[2];  // in order of keys: this lane has keys 2 lane and 2 lane + 1
     #pragma unroll
@@ -555,8 +549,9 @@ struct Block {
         for (int j = 0; j < 2; j++) {
           int key = position(t, j);
           const float most = fminf(best[t][j], 0.f);
-          if ((key % 2 ? mask1 : mask0) >> (key / 2) & 1)
-            for (int g = 0; g < 2; g++) atomicAdd(found + heads() + g, exp2_(fminf(each[t][j][g], 0.f) - most));
+          const bool drawn = (key % 2 ? mask1 : mask0) >> (key / 2) & 1;
+          #pragma unroll
+          for (int g = 0; g < 2; g++) alone[g] += drawn ? exp2_(fminf(each[t][j][g], 0.f) - most) : 0.f;
         }
     return many;
   }
@@ -592,7 +587,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
   const bool grown = GROW && before < a.room;
   const int start = min(n, a.sinks), stop = max(max(n - a.recent, 0) / BLOCK * BLOCK, start);
   Head head{a, a.k + batch * a.k_b * (PAGE ? 0 : 1) + inner * a.k_h, a.v + batch * a.v_b * (PAGE ? 0 : 1) + inner * a.v_h, batch, inner, grown ? before : -1};
-  if (lane < 2 * LINES && mine < n - stop + start) head.expect(mine < start ? mine : mine + stop - start, lane);
   if (thread < 8) s.found[thread] = 0.f;
   if (thread == 0) s.count = 0;
   maps.set(a, s, index, query, stop - start, [&] {
@@ -610,7 +604,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
     const Queries queries(s, starved);
     const int worker = starved ? warp : mine, workers = starved ? WARPS : stride;
     const int blocks = stop > start ? stop / BLOCK : 0, certain = n - stop + start;
-    int listed = 0, stage = 0, sure = worker, block = worker;
+    float alone[2] = {};
+    int listed = 0, drawn = 0, stage = 0, sure = worker, block = worker;
     Sums sums;
     for (;;) {
       while (listed < EIGHT && block < blocks) {
@@ -621,7 +616,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
         keys.score(ring[stage], queries);
         keys.chances(block * BLOCK, start, stop);
         if (!SYSTEMATIC || (uniform(seed, block) + __reduce_add_sync(~0u, (u32)(keys.pi[0] + keys.pi[1]))) >> UNIT != 0) {
-          int many = keys.draw(seed, block, id + listed, chance + listed, s.found);
+          int many = keys.draw(seed, block, id + listed, chance + listed, alone);
           if (LISTING && !starved) {
             __syncwarp();
             int at = many && lane == 0 ? atomicAdd(a.counts + index * LINE + 2, many) : 0;
@@ -629,10 +624,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
             for (int i = lane; i < many; i += 32)
               if (at + i < a.cap) a.drawn[(i64)index * a.cap + at + i] = (i64)rintf(exp2f(chance[listed + i] + UNIT)) << 32 | id[listed + i];
           }
-          if (lane == 0) atomicAdd(&s.count, many);
-          __syncwarp();
-          for (int i = lane; i < many * 2 * LINES; i += 32) head.expect(id[listed + i / (2 * LINES)], i % (2 * LINES));
-          listed += many;
+          listed += many, drawn += many;
         }
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         block += workers;
@@ -646,6 +638,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
       sums.attend(head, s.rows, id + listed, chance + listed, size);
       __syncwarp();
     }
+    #pragma unroll
+    for (int g = 0; g < 2; g++) {
+      alone[g] = summed(alone[g], KEYS == 2 ? 2 : 4, 32);
+      if (!starved && r == 0 && c < 4 / KEYS) atomicAdd(&s.found[heads() + g], alone[g]);
+    }
+    if (!starved && lane == 0 && drawn > 0) atomicAdd(&s.count, drawn);
     __syncthreads();
     float *parts = a.parts + (i64)index * splits * G * D, *ends = a.sums + (i64)index * splits * 2 * G;
     u16 *output = a.output + batch * a.o_b + inner * G * a.o_h;
