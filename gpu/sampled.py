@@ -46,6 +46,7 @@ class Draws:
         sinks, recent: kept always; recent at least 64, because younger blocks have no codes yet.
         seed, redraw, systematic: of the draw.
         widths: bits that a code may have: (4, 2), or (4,), whose scan is faster and a little less sharp per byte.
+        listing: whether a single launch leaves the drawn keys in ``drawn``, as `gpu.spread` needs; four always do.
     """
 
     budget: float
@@ -56,6 +57,7 @@ class Draws:
     redraw: bool = True
     systematic: bool = True
     widths: tuple[int, ...] = planes.WIDTHS
+    listing: bool = False
 
 
 class SampledCache:
@@ -146,7 +148,6 @@ class SampledCache:
     ) -> None:
         sizes = tokens.sizes(lengths, held, given)
         self.tokens, self.draws, self.scale, self.tuning = held, draws, scale, tuning
-        self.listing = False  # whether the drawn keys are left in `drawn`, for `gpu.spread`; four launches always do
         self.batch, self.groups, self.width, self.per = held.batch, held.groups, held.width, heads // held.groups
         self.padded = 8 if self.per <= 8 else 16
         self._device = held.keys.device

@@ -142,10 +142,9 @@ class CudaSession:
         scale = self._plan.scale or 1 / float(np.sqrt(k.shape[3]))
         draws = Draws(
             min(budget, float(k.shape[2])), policy.bytes_per_key, policy.sinks, policy.recent, policy.seed,
-            policy.redraw, policy.draw == "systematic",
+            policy.redraw, policy.draw == "systematic", listing=True,
         )  # fmt: skip
         cache = SampledCache(k, v, queries.shape[1], draws, scale, queries=queries)
-        cache.listing = True
         self._waiting = [cache.keys[:, :, :0], cache.values[:, :, :0]]  # shapes and dtype, without the memory
         return cache
 

@@ -15,6 +15,7 @@ from scipy.special import ndtri
 from attention.sampled import PRIOR, TAIL
 from gpu.codes import BLOCK
 from gpu.sampled import SampledCache
+from hsr.errors import ArgumentError
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 LEAST = 16.0  # keys that a head draws
@@ -38,7 +39,13 @@ class Spread(NamedTuple):
 
 
 def spread(cache: SampledCache, q: torch.Tensor, output: torch.Tensor) -> Spread:
-    """Of the last step, which must have left its list: q and output (B, h, d), as then."""
+    """Of the last step: q and output (B, h, d), as then.
+
+    Raises:
+        ArgumentError: the step left no list of what it drew.
+    """
+    if cache.single and not cache.draws.listing:
+        raise ArgumentError("draws must have listing=True for the spread of a single launch; got False")
     B, g, G, d = cache.batch, cache.groups, cache.per, cache.width
     n, draws = cache.lengths.view(B, g), cache.draws
     start = n.clamp(max=draws.sinks)

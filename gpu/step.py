@@ -12,7 +12,7 @@ import torch
 from gpu.planes import Planes
 
 if TYPE_CHECKING:
-    from gpu.sampled import SampledCache
+    from gpu.sampled import Draws, SampledCache
 
 POINTERS = (
     "q k v new_k new_v output pages codes query_map means spreads key_map key_mean centre floor half top lengths "
@@ -74,10 +74,8 @@ class Step:
         self._sums = torch.empty(heads, self._splits, 2, cache.per, device=device)
         cache.found[:, 8:] = 0  # where this step counts what `found` will be
         cache.counts[:, 1:] = 0
-        self._settings = settings(
-            cache.width, cache.per, planes, warps, stages, cache.draws.systematic, cache.draws.redraw, cache.listing,
-            cache.tokens.page, cache.keys.dtype == torch.bfloat16,
-        )  # fmt: skip
+        self._settings = settings(cache.width, cache.per, planes, warps, stages, cache.draws, cache.tokens.page)
+        self._settings["BF16"] = int(cache.keys.dtype == torch.bfloat16)
 
     @staticmethod
     def serves(cache: SampledCache) -> bool:
@@ -119,13 +117,18 @@ class Step:
 
 
 def settings(
-    width: int, per: int, planes: Planes, warps: int, stages: int | None, systematic: bool, redraw: bool, listing: bool,
-    page: int, bfloat16: bool,
-) -> dict[str, int]:  # fmt: skip
-    """What `step.cu` is compiled with, but for GROW."""
-    stages = stages or max(2, min(4, RING // (64 * planes.row * warps)))
+    width: int, per: int, planes: Planes, warps: int, stages: int | None, draws: Draws, page: int
+) -> dict[str, int]:
+    """What `step.cu` is compiled with, but for GROW and BF16."""
     return {
-        "D": width, "G": per, "NIBBLES": planes.nibbles, "CRUMBS": planes.row - planes.nibbles, "WARPS": warps,
-        "STAGES": stages, "SYSTEMATIC": int(systematic), "REDRAW": int(redraw), "LISTING": int(listing), "PAGE": page,
-        "BF16": int(bfloat16),
-    }  # fmt: skip
+        "D": width,
+        "G": per,
+        "NIBBLES": planes.nibbles,
+        "CRUMBS": planes.row - planes.nibbles,
+        "WARPS": warps,
+        "STAGES": stages or max(2, min(4, RING // (64 * planes.row * warps))),
+        "SYSTEMATIC": int(draws.systematic),
+        "REDRAW": int(draws.redraw),
+        "LISTING": int(draws.listing),
+        "PAGE": page,
+    }

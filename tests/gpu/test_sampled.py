@@ -221,7 +221,7 @@ def test_appended_tokens_are_coded_in_place_and_a_full_cache_refuses():
     assert (cache.keys[1, :, 90:170] == k[1, :, 120:200]).all()
     assert (cache.codes[0, 64:128] == whole.codes[0, 64:128]).double().mean() > 0.999
     assert (cache.codes[0, :64] == 255).all()  # blocks that filled before are left alone
-    cache.draws = Draws(ALL)  # every key of the cache counts, once
+    cache.budget.fill_(ALL)  # every key of the cache counts, once
     output = attend(cache, q)
     for b, length in enumerate((192, 170)):
         wanted = exact(q[b : b + 1], cache.keys[b : b + 1, :, :length], cache.values[b : b + 1, :, :length])

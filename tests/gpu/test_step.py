@@ -55,7 +55,7 @@ def test_axes_are_the_planes_without_their_empty_columns(row):
 def test_codes_fit_the_shared_memory_whatever_their_size():
     for row in planes.ROWS:
         for warps in (8, 10):
-            chosen = settings(128, 4, fitted(row), warps, None, True, True, False, 0, True)
+            chosen = settings(128, 4, fitted(row), warps, None, Draws(8.0), 0)
             ring = warps * chosen["STAGES"] * 64 * row
             assert chosen["STAGES"] >= 2
             assert ring + 65_536 <= 232_448  # of a multiprocessor, less what the rest takes
@@ -105,10 +105,9 @@ def test_short_caches_are_attended_to(n):
 @pytest.mark.parametrize(("d", "G", "row", "systematic"), [(128, 4, 32, True), (64, 7, 24, True), (128, 2, 48, False)])
 def test_it_draws_what_the_four_launches_draw(d, G, row, systematic):
     k, v, q = inputs(2, 2, G, 5000, d, torch.bfloat16, seed=1)
-    draws = Draws(150.0, row, seed=5, systematic=systematic)
+    draws = Draws(150.0, row, seed=5, systematic=systematic, listing=True)
     one = SampledCache(k, v, 2 * G, draws, d**-0.5, lengths=[5000, 3333])
     four = SampledCache(k, v, 2 * G, draws, d**-0.5, lengths=[5000, 3333], coded=one.planes, tuning=FOUR)
-    one.listing = True
     assert (one.codes == four.codes).all()
     for step in range(4):
         query = torch.roll(q, step, 1)
