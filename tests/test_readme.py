@@ -83,11 +83,12 @@ def test_the_decode_table_shows_the_fastest_sample_of_each_size() -> None:
         "rel_err": 0.05,
         "union_keys": 700.4,
     }
-    gpu = [measured | {"n": n, "policy": policy} for n in (16384, 32768) for policy in ("fast", "slow")]
+    gpu = [measured | {"n": n, "policy": policy} for n in (16384, 32768) for policy in ("fast", "quality", "nibbles")]
     lines = decode(head | {"rows": cpu}, head | {"rows": gpu}).splitlines()
-    assert lines[2:4] == [
+    assert lines[2:5] == [
         "| CPU | 8,192 | float32 | 5 ms | 1 ms | 5.0x | 0.90% | 1,234 |",
         "| GPU, fast | 32,768 | bfloat16 | 30 us | 10 us | 3.0x | 5.00% | 768 |",
+        "| GPU, quality | 32,768 | bfloat16 | 30 us | 10 us | 3.0x | 5.00% | 768 |",
     ]
     assert lines[5] == ""
     assert "chip" in lines[6]

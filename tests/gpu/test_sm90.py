@@ -1,4 +1,4 @@
-"""Every default kernel compiles for sm_90 without spills; no GPU needed, but Triton's compiler."""
+"""Every default kernel compiles for sm_90 without spills; no GPU needed, but the compilers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.slow
 def test_kernels_compile_for_sm90_without_spills():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-m", "gpu.sm90"], capture_output=True, text=True, env=environment)
