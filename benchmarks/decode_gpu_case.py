@@ -302,7 +302,8 @@ def clones(first: SampledCache, count: int) -> list[SampledCache]:
         for name, value in vars(first).items():
             if torch.is_tensor(value):
                 setattr(other, name, value.clone())
-        other.tokens, other._step = first.tokens.clone(), None
+        other.tokens = first.tokens.clone()
+        other._choose()
         found.append(other)
     return found
 

@@ -22,18 +22,19 @@ OVERLAP.value.programmaticStreamSerializationAllowed = 1
 class Kernel:
     """A function of a loaded module, launched with one structure as its only argument."""
 
-    def __init__(self, function: Any, shared: int) -> None:
-        self._function, self._shared = function, shared
+    def __init__(self, function: Any, shared: int, device: int) -> None:
+        self._function, self._shared, self._device = function, shared, device
 
     def __call__(self, grid: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:
-        """Launch on torch's current stream; the structure is copied before this returns."""
+        """Launch on the device's current stream; the structure is copied before this returns."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         launch = driver.CUlaunchConfig()
         launch.gridDimX, launch.gridDimY, launch.gridDimZ = *grid, 1
         launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
-        launch.sharedMemBytes, launch.hStream = self._shared, torch.cuda.current_stream().cuda_stream
+        launch.sharedMemBytes, launch.hStream = self._shared, torch.cuda.current_stream(self._device).cuda_stream
         launch.attrs, launch.numAttrs = [OVERLAP], 1
-        _checked(driver.cuLaunchKernelEx(launch, self._function, ctypes.addressof(pointers), 0))
+        with torch.cuda.device(self._device):
+            _checked(driver.cuLaunchKernelEx(launch, self._function, ctypes.addressof(pointers), 0))
 
 
 def machine_code(name: str, settings: Mapping[str, int], architecture: str) -> bytes:
@@ -59,15 +60,17 @@ def machine_code(name: str, settings: Mapping[str, int], architecture: str) -> b
 @cache
 def kernel(name: str, function: str, settings: tuple[tuple[str, int], ...], device: int) -> Kernel:
     """The function, compiled for the device and loaded once; ``shared_bytes`` of its file is its shared memory."""
-    major, minor = torch.cuda.get_device_capability(device)
-    module = _checked(driver.cuModuleLoadData(machine_code(name, dict(settings), f"sm_{major}{minor}")))
-    found = _checked(driver.cuModuleGetFunction(module, function.encode()))
-    address, size = _checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
-    shared = ctypes.c_int()
-    _checked(driver.cuMemcpyDtoH(ctypes.addressof(shared), address, size))
-    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(found, limit, shared.value))
-    return Kernel(found, shared.value)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # there is a context from here on
+        major, minor = torch.cuda.get_device_capability(device)
+        module = _checked(driver.cuModuleLoadData(machine_code(name, dict(settings), f"sm_{major}{minor}")))
+        found = _checked(driver.cuModuleGetFunction(module, function.encode()))
+        address, size = _checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
+        shared = ctypes.c_int()
+        _checked(driver.cuMemcpyDtoH(ctypes.addressof(shared), address, size))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(found, limit, shared.value))
+        return Kernel(found, shared.value, device)
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

@@ -46,6 +46,7 @@ class Draws:
         sinks, recent: kept always; recent at least 64, because younger blocks have no codes yet.
         seed, redraw, systematic: of the draw.
         widths: bits that a code may have: (4, 2), or (4,), whose scan is faster and a little less sharp per byte.
+        least: budgets that `gpu.spread.adjust` may move go no lower; None where they stay.
         listing: whether a single launch leaves the drawn keys in ``drawn``, as `gpu.spread` needs; four always do.
     """
 
@@ -57,6 +58,7 @@ class Draws:
     redraw: bool = True
     systematic: bool = True
     widths: tuple[int, ...] = planes.WIDTHS
+    least: float | None = None
     listing: bool = False
 
 
@@ -168,7 +170,11 @@ class SampledCache:
                 self.width, self.planes.columns, self.planes.row, self.planes.count, held.page, num_warps=4,
             )  # fmt: skip
         self._measure(sizes)
-        self._step: Step | None = None
+        self._choose()
+
+    def _choose(self) -> None:
+        """One launch or four: now, because nothing may be compiled while a graph is captured."""
+        self._step = Step(self) if self.tuning.single and Step.serves(self) else None
 
     def drift(self) -> torch.Tensor:
         """(heads,) how far the newest NEWEST codes lie from those that the coder was made for.
@@ -184,7 +190,9 @@ class SampledCache:
     def recode(self, queries: torch.Tensor | None = None) -> None:
         """Make coder and codes anew, for queries as at first, and wait for it; graphs must be captured again."""
         self._queries = self._queries if queries is None else queries
+        budget = self.budget
         self._code(self.lengths.view(self.batch, self.groups)[:, 0].cpu().numpy().astype(np.int64), None)
+        self.budget.copy_(budget)
 
     @property
     def keys(self) -> torch.Tensor:
@@ -204,8 +212,6 @@ class SampledCache:
     @property
     def single(self) -> bool:
         """Whether a step is one launch."""
-        if self.tuning.single and self._step is None and Step.serves(self):
-            self._step = Step(self)
         return self._step is not None
 
     @property
@@ -248,6 +254,7 @@ class SampledCache:
         at = self._evenly(sizes)
         keys, values = (self.tokens.rows(part, at).float().reshape(heads, -1, d) for part in (self.keys, self.values))
         centre = values.mean(1)
+        self.longest = keys.norm(dim=2).amax(1)  # (heads,)
         values -= centre[:, None]
         distance = values.norm(dim=2)
         self.distance = distance.square().mean(1).sqrt() + TINY  # (heads,)
@@ -271,10 +278,7 @@ class SampledCache:
     def _allocate(self) -> None:
         heads, per, d, row = self.batch * self.groups, self.per, self.width, self.planes.row
         budget = self.draws.budget
-        listed = max(256, -(-int(ROOMY * budget * per) // 64) * 64)
-        self.cap = min(listed, self.room)
-        self.crowd = self.cap // 2 if listed < self.room else self.cap - 1  # a list of all keys is never crowded
-        self.floor = int(budget) // STARVED
+        self.floor = max(int(self.draws.least or budget) // STARVED, 1)
         self.splits = _splits(self._device, heads, self.tuning.resident, per * budget)
 
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -284,12 +288,20 @@ class SampledCache:
         self.budget = torch.full((heads, self.padded), float(budget), device=self._device)
         self.queries = new(heads, self.planes.count, self.padded, self.planes.columns, dtype=torch.int8)
         self.sigma, self.tau = new(2, heads, self.padded, dtype=torch.float32)
-        self.drawn, self.counts = new(heads, self.cap, dtype=torch.int64), new(heads, int(COUNTERS.value))
+        self._list()
+        self.counts = new(heads, int(COUNTERS.value))
         self.found = new(heads, int(COUNTERS.value)) - 1
         self.parts = new(heads, self.splits, per, d, dtype=torch.float32)
         self.sums = new(heads, self.splits, per, dtype=torch.float32)
         self.lse = new(self.batch, self.groups * per, dtype=torch.float32)
         self.seeds = torch.from_numpy(_seeds(self.draws.seed, heads)).to(self._device)
+
+    def _list(self) -> None:
+        """A list that holds ROOMY times what is expected, or every key."""
+        listed = max(256, -(-int(ROOMY * self.draws.budget * self.per) // 64) * 64)
+        self.cap = min(listed, self.room)
+        self.crowd = self.cap // 2 if listed < self.room else self.cap - 1  # a list of all keys is never crowded
+        self.drawn = torch.zeros(len(self.lengths), self.cap, dtype=torch.int64, device=self._device)
 
     def reserve(self, room: int) -> None:
         """Make room for so many tokens in all; graphs that were captured before still use the old memory."""
@@ -300,6 +312,7 @@ class SampledCache:
         codes[:, : self.room] = self.codes
         self.tokens.reserve(room)
         self.codes = codes
+        self._list()
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """One token: k, v (B, g, d), rows contiguous.  Nothing is checked; a full cache counts it in ``status``."""
@@ -324,15 +337,15 @@ class SampledCache:
         self, q: torch.Tensor, output: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None
     ) -> Iterator[Callable[[], object]]:
         """The launches of a step, in order: all in one, or prepare, scan, gather and merge."""
-        if self.single:
-            assert self._step is not None
+        if self._step is not None and all(part is None or tokens.aligned(part) for part in (q, k, v)):
             yield partial(self._step, q, output, k, v)
             return
         yield from launches(self, q, output, k, v)
 
     def retuned(self, **changes: Any) -> None:
         """Change the shapes of launches; for measurements."""
-        self.tuning, self._step = replace(self.tuning, **changes), None
+        self.tuning = replace(self.tuning, **changes)
+        self._choose()
 
 
 def _splits(device: torch.device, heads: int, resident: int, listed: float) -> int:

@@ -10,7 +10,7 @@ import torch
 from attention.engine import Plan
 from attention.result import Certificate, Counters, Result
 from attention.sampled import Sampled
-from gpu import spread
+from gpu import spread, tokens
 from gpu.sampled import Draws, SampledCache
 from hsr.errors import ArgumentError
 
@@ -49,6 +49,7 @@ class CudaSession:
             _finite(name, part)
         self._cache: SampledCache | None = None
         self._n = self._waiting[0].shape[2]
+        self._coded = self._looked = self._n  # tokens when codes were made, and when their drift was looked at
 
     @property
     def n(self) -> int:
@@ -85,7 +86,7 @@ class CudaSession:
                 f"k and v must be {'(B, g, t, d)' if self._batched else '(g, t, d)'} of {self._waiting[0].dtype} to "
                 f"match the cache; got {tuple(k.shape)} and {tuple(v.shape)} of {k.dtype}"
             )
-        keys, values = self._full(k), self._full(v)
+        keys, values = _readable(self._full(k)), _readable(self._full(v))
         B, g, _, d = self._waiting[0].shape
         if (keys.shape[0], keys.shape[1], keys.shape[3]) != (B, g, d):
             raise ArgumentError(f"k must have shape ({B}, {g}, t, {d}) to match the cache; got {tuple(keys.shape)}")
@@ -96,9 +97,19 @@ class CudaSession:
                 self._cache.reserve(2 * (self._n + keys.shape[2]))
             for t in range(keys.shape[2]):
                 self._cache.append(keys[:, :, t], values[:, :, t])
-            if (self._n + keys.shape[2]) // LOOK > self._n // LOOK and bool((self._cache.drift() > DRIFT).any()):
-                self._cache.recode()
         self._n += keys.shape[2]
+        if self._cache is not None and not (keys.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._follow(self._cache)
+
+    def _follow(self, cache: SampledCache) -> None:
+        """Make codes anew where there were few keys to make them for, or where the newest have drifted away."""
+        few = self._coded < LOOK and self._n >= 2 * self._coded
+        if not few and self._n >= self._looked + LOOK:
+            few = bool((cache.drift() > DRIFT).any())
+            self._looked = self._n
+        if few:
+            cache.recode()
+            self._coded = self._looked = self._n
 
     def evict(self, ids: Any) -> None:
         """Refused: the codes of the GPU cannot forget."""
@@ -112,14 +123,14 @@ class CudaSession:
             raise ArgumentError(f"q must be one row a head on cuda, ({B}, h, 1, {d}); got {tuple(q.shape)}")
         if q.dtype != self._waiting[0].dtype:
             raise ArgumentError(f"q must have the keys' dtype {self._waiting[0].dtype}; got {q.dtype}")
-        rows = queries[:, :, 0]
+        rows = _readable(queries[:, :, 0])
         if self._cache is None:
             self._cache = self._made(queries)
-        output = torch.empty_like(queries)
+        output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         cache = self._cache
         cache.attend(rows, output[:, :, 0])
         found = spread.spread(cache, rows, output[:, :, 0])
-        bounds = spread.bounds(cache, found, output[:, :, 0], self._policy.confidence)
+        bounds = spread.bounds(cache, found, rows, output[:, :, 0], self._policy.confidence)
         if self._policy.eps is not None:
             spread.adjust(cache, found, self._policy.eps)
         lead = q.shape[:-1]
@@ -140,11 +151,13 @@ class CudaSession:
         budget = policy.budget if policy.eps is None else max(policy.eps**-2, spread.LEAST)
         assert budget is not None
         scale = self._plan.scale or 1 / float(np.sqrt(k.shape[3]))
+        least = None if policy.eps is None else spread.LEAST
         draws = Draws(
-            min(budget, float(k.shape[2])), policy.bytes_per_key, policy.sinks, policy.recent, policy.seed,
-            policy.redraw, policy.draw == "systematic", listing=True,
+            budget, policy.bytes_per_key, policy.sinks, policy.recent, policy.seed,
+            policy.redraw, policy.draw == "systematic", least=least, listing=True,
         )  # fmt: skip
         cache = SampledCache(k, v, queries.shape[1], draws, scale, queries=queries)
+        self._coded = self._looked = self._n
         self._waiting = [cache.keys[:, :, :0], cache.values[:, :, :0]]  # shapes and dtype, without the memory
         return cache
 
@@ -152,6 +165,11 @@ class CudaSession:
 def session(k: torch.Tensor, v: torch.Tensor, plan: Plan) -> CudaSession:
     """The table's entry."""
     return CudaSession(k, v, plan)
+
+
+def _readable(part: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy whose rows the kernels can read."""
+    return part if tokens.aligned(part) else part.clone(memory_format=torch.contiguous_format)
 
 
 def _finite(name: str, array: torch.Tensor) -> None:

@@ -70,7 +70,8 @@ def spread(cache: SampledCache, q: torch.Tensor, output: torch.Tensor) -> Spread
     typical = ((1 - chance) * weights * far.sqrt()).sum(3) / doubt.clamp(min=1e-30)
     carried = shares.sum(3).square() / shares.square().sum(3).clamp(min=1e-38)
     found = risks.sum(3), shares.sum(3), carried, doubt * typical.square()
-    unknown = ((count > cache.cap) & ~whole)[..., None]  # more was drawn than the list holds
+    nothing = (count == 0) & (stop > start)  # no draw tells nothing, not that there is no error
+    unknown = ((nothing | (count > cache.cap)) & ~whole)[..., None]  # or more was drawn than the list holds
     filled = (torch.where(whole[..., None], 0.0, torch.where(unknown, math.inf, part)) for part in found)
     return Spread(*(part.expand(B, g, G).reshape(B, g * G) for part in filled))
 
@@ -83,11 +84,12 @@ class Bounds(NamedTuple):
     lse_error: torch.Tensor
 
 
-def bounds(cache: SampledCache, found: Spread, output: torch.Tensor, confidence: float) -> Bounds:
-    """Bounds that hold with about the confidence each; output (B, h, d), whose dtype's rounding counts."""
+def bounds(cache: SampledCache, found: Spread, q: torch.Tensor, output: torch.Tensor, confidence: float) -> Bounds:
+    """Bounds that hold with about the confidence each; q and output (B, h, d), whose dtype's rounding counts."""
     B, h = found.square.shape
-    distance, directions = (
-        part.view(B, -1, 1).expand(B, -1, cache.per).reshape(B, h) for part in (cache.distance, cache.directions)
+    distance, directions, longest = (
+        part.view(B, -1, 1).expand(B, -1, cache.per).reshape(B, h)
+        for part in (cache.distance, cache.directions, cache.longest)
     )
     known = found.draws + PRIOR
     variance = (found.draws * found.variance + PRIOR * found.expected / distance.square()) / known
@@ -96,11 +98,12 @@ def bounds(cache: SampledCache, found: Spread, output: torch.Tensor, confidence:
     size = output.float().norm(dim=2)
     centre = cache.centre.norm(dim=1).view(B, -1, 1).expand(B, -1, cache.per).reshape(B, h)
     rounding = ROUNDING[output.dtype] * (size + centre + 2 * distance)  # of the weights, and of the output itself
-    error = (square * quantile(freedom, confidence)).sqrt() + rounding
+    unknown = found.square.isinf()
+    error = torch.where(unknown, math.inf, (square * quantile(freedom, confidence)).sqrt() + rounding)
     relative = torch.where(size > error, error / (size - error).clamp(min=1e-38), math.inf)
-    scores = cache.width * 2.0**-22  # of products whose sums are float32, relative to scores of about one
-    lse = float(ndtri((1 + confidence) / 2)) * variance.sqrt() + scores
-    return Bounds(error, relative, lse)
+    scores = cache.scale * q.float().norm(dim=2) * longest  # at most about this, summed in float32
+    lse = float(ndtri((1 + confidence) / 2)) * variance.sqrt() + (cache.width + 8) * UNIT * (1 + scores)
+    return Bounds(error, relative, torch.where(unknown, math.inf, lse))
 
 
 def quantile(freedom: torch.Tensor, confidence: float) -> torch.Tensor:
@@ -113,11 +116,14 @@ def adjust(cache: SampledCache, found: Spread, eps: float) -> None:
     """Move every head's budget towards a root mean square error of ``eps`` times the values' distance from the centre.
 
     The squared error falls as one over the number of draws.  At most four times as much or as little in a step, at
-    least LEAST keys, at most ``1 / eps^2``: as many as the bound of threshold sampling asks for.
+    least ``draws.least`` keys, at most ``1 / eps^2``: as many as the bound of threshold sampling asks for.  A head of
+    which nothing was learnt, because every key was read or no list tells, keeps its budget.
     """
     B, g, per = cache.batch, cache.groups, cache.per
     wanted = (eps * cache.distance).square().view(B, g, 1)
     square = torch.maximum(found.square, PRIOR * found.expected / (found.draws + PRIOR)).view(B, g, per)
-    change = (square / wanted).nan_to_num(4.0).clamp(0.25, 4.0)
+    known = (square > 0) & square.isfinite()
+    change = torch.where(known, (square / wanted).clamp(0.25, 4.0), 1.0)
     budget = cache.budget.view(B, g, -1)[:, :, :per]
-    budget.copy_((budget * change).clamp(LEAST, max(LEAST, eps**-2)))
+    least = cache.draws.least or 1.0
+    budget.copy_((budget * change).clamp(least, max(least, eps**-2)))

@@ -666,6 +666,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
     if (thread < G) found = __ldcg(a.found + index * LINE + 8 + thread);
     if (merged(a, s, index, parts, ends, splits, min(a.least, (stop - start) / 4), output, count)) break;
     starved = true;
+    asm volatile("cp.async.wait_all;" ::: "memory");  // the first pass asked for blocks that it may not have come to
+    __syncwarp();
     #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) fetch(warp + i * WARPS, i, stop / BLOCK);
   }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -74,17 +74,25 @@ class Step:
         self._sums = torch.empty(heads, self._splits, 2, cache.per, device=device)
         cache.found[:, 8:] = 0  # where this step counts what `found` will be
         cache.counts[:, 1:] = 0
-        self._settings = settings(cache.width, cache.per, planes, warps, stages, cache.draws, cache.tokens.page)
-        self._settings["BF16"] = int(cache.keys.dtype == torch.bfloat16)
+        chosen = settings(
+            cache.width, cache.per, planes, warps, stages, cache.draws, cache.tokens.page, shared_limit(device)
+        ) | {"BF16": int(cache.keys.dtype == torch.bfloat16)}  # fmt: skip
+        from gpu import compiled  # only where cuda-bindings is
+
+        self._kernels = [  # both at once, because a capture of either must not compile
+            compiled.kernel("step.cu", "step", tuple((chosen | {"GROW": grow}).items()), device.index)
+            for grow in (0, 1)
+        ]
 
     @staticmethod
     def serves(cache: SampledCache) -> bool:
-        """Whether this launch has a form for the cache."""
-        planes = cache.planes
+        """Whether this launch has a form for the cache, on this device."""
+        planes, device = cache.planes, cache.keys.device
         whole = planes.nibbles % 16 == 0 and (planes.row - planes.nibbles) % 8 == 0
-        there = cache.keys.is_cuda and importlib.util.find_spec("cuda") is not None
-        there = there and importlib.util.find_spec("cuda.bindings") is not None
-        return there and whole and cache.per <= 8
+        if device.type != "cuda" or not whole or cache.per > 8 or torch.cuda.get_device_capability(device) < (9, 0):
+            return False
+        there = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+        return there and shared_bytes(cache.width, cache.per, planes, 8, 2) <= shared_limit(device)
 
     def __call__(self, q: torch.Tensor, output: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
         """As `SampledCache.attend`, or as `SampledCache.step` with a token."""
@@ -109,24 +117,41 @@ class Step:
         arguments = Arguments(
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors), *strides, *counts, cache.scale
         )
-        from gpu import compiled  # only where cuda-bindings is
+        self._kernels[k is not None]((self._splits, cache.batch * cache.groups), 32 * self._warps, arguments)
 
-        chosen = tuple((self._settings | {"GROW": int(k is not None)}).items())
-        function = compiled.kernel("step.cu", "step", chosen, q.device.index)
-        function((self._splits, cache.batch * cache.groups), 32 * self._warps, arguments)
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    found: Any = torch.cuda.get_device_properties(device)  # whose stubs lack it
+    return int(found.shared_memory_per_block_optin)
+
+
+def shared_bytes(width: int, per: int, planes: Planes, warps: int, stages: int) -> int:
+    """The size of `Shared` in step.cu."""
+    axes, threads = 2 * planes.nibbles + 4 * (planes.row - planes.nibbles), 32 * warps
+    slices = threads // axes if axes <= threads else 1
+    ends = warps * per * width + 2 * per * warps
+    union = 4 * max(slices * per * axes, ends, 65 * per, 64 * width + 64)
+    queries = 16 * width + 4 * width * (4 if per <= 4 else 8) + 8 * axes
+    rest = 4 * 8 * 5 + warps * (64 + 8) * 8 + 8
+    return -(-(warps * stages * 64 * planes.row + -(-union // 16) * 16 + queries + rest) // 128) * 128
 
 
 def settings(
-    width: int, per: int, planes: Planes, warps: int, stages: int | None, draws: Draws, page: int
+    width: int, per: int, planes: Planes, warps: int, stages: int | None, draws: Draws, page: int, limit: int
 ) -> dict[str, int]:
-    """What `step.cu` is compiled with, but for GROW and BF16."""
+    """What `step.cu` is compiled with, but for GROW and BF16; ``limit`` bytes of shared memory are there."""
+    if stages is None:
+        stages = max(2, min(4, RING // (64 * planes.row * warps)))
+        while stages > 2 and shared_bytes(width, per, planes, warps, stages) > limit:
+            stages -= 1
     return {
         "D": width,
         "G": per,
         "NIBBLES": planes.nibbles,
         "CRUMBS": planes.row - planes.nibbles,
         "WARPS": warps,
-        "STAGES": stages or max(2, min(4, RING // (64 * planes.row * warps))),
+        "STAGES": stages,
         "SYSTEMATIC": int(draws.systematic),
         "REDRAW": int(draws.redraw),
         "LISTING": int(draws.listing),

@@ -44,7 +44,7 @@ class Tokens:
         tokens = cls.__new__(cls)
         tokens._own, tokens.keys, tokens.values, tokens.pages, tokens.page = None, k, v, pages, 0
         for name, part in (("k", k), ("v", v)):
-            if part.stride(-1) != 1 or any(step % 8 for step in part.stride()[:-1]) or part.data_ptr() % 16:
+            if not aligned(part):
                 raise ArgumentError(f"{name} must have contiguous rows, 16 bytes aligned; got strides {part.stride()}")
         if pages is None:
             tokens.batch, tokens.groups, room, tokens.width = k.shape
@@ -104,6 +104,11 @@ class Tokens:
         tokens._own = self._own.clone()
         tokens.keys, tokens.values = tokens._own[..., 0, :], tokens._own[..., 1, :]
         return tokens
+
+
+def aligned(part: torch.Tensor) -> bool:
+    """Whether rows can be read 16 bytes at a time."""
+    return part.stride(-1) == 1 and not any(step % 8 for step in part.stride()[:-1]) and part.data_ptr() % 16 == 0
 
 
 def sizes(lengths: Any, tokens: Tokens, given: int | None) -> np.ndarray:

@@ -11,10 +11,12 @@ from scipy.special import gammaincinv
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from attention import DecodeSession, Sampled  # noqa: E402
+from attention import DecodeSession, Sampled, Softmax  # noqa: E402
+from attention.engine import Plan  # noqa: E402
 from gpu import spread  # noqa: E402
 from gpu.launches import Tuning  # noqa: E402
 from gpu.sampled import Draws, SampledCache  # noqa: E402
+from gpu.session import CudaSession  # noqa: E402
 from tests.gpu.test_sampled import ALL, HERE, exact, inputs, pytestmark  # noqa: E402, F401
 
 
@@ -58,7 +60,7 @@ def test_bounds_hold_about_as_often_as_they_say():
     for seed in range(40):
         cache.seeds += 104729 * (seed + 1)
         cache.attend(q, output)
-        found = spread.bounds(cache, spread.spread(cache, q, output), output, 0.9)
+        found = spread.bounds(cache, spread.spread(cache, q, output), q, output, 0.9)
         error = (output.double() - wanted).norm(dim=-1)
         held += int((error <= found.output_error).sum())
         near += int(((cache.lse - lse).abs() <= found.lse_error).sum())
@@ -87,7 +89,7 @@ def test_budgets_follow_an_error_target():
     k, v, q = inputs(1, 1, 2, 1400, 64, seed=10)
     reached = []
     for eps in (0.3, 0.1):
-        cache = SampledCache(k, v, 2, Draws(eps**-2), 0.125, tuning=Tuning(single=False))
+        cache = SampledCache(k, v, 2, Draws(eps**-2, least=spread.LEAST), 0.125, tuning=Tuning(single=False))
         output = torch.empty_like(q)
         for seed in range(12):
             cache.seeds += 7919 * (seed + 1)
@@ -123,3 +125,45 @@ def test_a_session_certifies_what_it_samples(policy):
         scale = session.gpu.cache.distance.mean()
         assert error.square().mean().sqrt() < 3 * policy.eps * scale
         assert math.isfinite(float(session.gpu.cache.budget.max()))
+
+
+def test_no_draw_tells_nothing():
+    k, v, q = inputs(1, 1, 1, 1400, 64, seed=12)
+    cache = SampledCache(k, v, 1, Draws(3.0), 0.125, tuning=Tuning(single=False))
+    output = torch.empty_like(q)
+    cache.attend(q, output)
+    cache.counts.zero_()
+    cache.floor = 0
+    found = spread.spread(cache, q, output)
+    assert found.square.isinf().all()
+    assert spread.bounds(cache, found, q, output, 0.95).output_error.isinf().all()
+    spread.adjust(cache, found, 0.1)
+    assert cache.budget.eq(3.0).logical_or(cache.budget.eq(1.0)).all()  # unknown changes nothing
+
+
+def test_heads_whose_recent_keys_hold_all_weight_settle_without_reading_every_key():
+    k, v, q = inputs(1, 1, 1, 1400, 64, seed=13)
+    k[:, :, -60:] += (q / q.norm() * 40).to(k.dtype)[:, :, None]
+    draws = Draws(0.05**-2, least=spread.LEAST)
+    cache = SampledCache(k, v, 1, draws, 0.125, tuning=Tuning(single=False))
+    output = torch.empty_like(q)
+    for _ in range(10):
+        cache.attend(q, output)
+        spread.adjust(cache, spread.spread(cache, q, output), 0.05)
+    assert cache.status[:, 2].sum() <= 3
+    assert (cache.budget[:, 0] < 100).all()
+
+
+def test_a_session_over_few_tokens_learns_more_as_it_grows():
+    k, v, q = inputs(1, 1, 2, 900, 64, seed=14)
+    session = CudaSession(k[:, :, :10], v[:, :, :10], Plan(Softmax(), Sampled(budget=100.0), None))
+    for t in range(10, 900):
+        if t % 100 == 10:
+            strided = torch.stack([q, q], -1)[..., 0]  # rows that the kernels cannot read
+            found = session.attend(strided[:, :, None])
+        session.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+    assert session.cache.spreads.sum() > 0
+    assert session.cache.budget[0, 0] == 100
+    wanted, _ = exact(q, k[:, :, :810], v[:, :, :810])
+    assert ((found.output[:, :, 0].double() - wanted).norm(dim=-1) < 0.5 * wanted.norm(dim=-1)).all()
+    assert session.cache.lengths.tolist() == [900]

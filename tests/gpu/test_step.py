@@ -14,11 +14,12 @@ pytest.importorskip("triton")
 from gpu import planes  # noqa: E402
 from gpu.launches import Tuning  # noqa: E402
 from gpu.sampled import Draws, SampledCache  # noqa: E402
-from gpu.step import Step, axes, settings  # noqa: E402
+from gpu.step import Step, axes, settings, shared_bytes  # noqa: E402
 from tests.gpu.test_sampled import ALL, HERE, assert_exact, exact, inputs  # noqa: E402
 
 GPU = pytest.mark.gpu
 FOUR = Tuning(single=False)
+LIMIT = 232_448  # bytes of shared memory of a program on an H100
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +56,13 @@ def test_axes_are_the_planes_without_their_empty_columns(row):
 def test_codes_fit_the_shared_memory_whatever_their_size():
     for row in planes.ROWS:
         for warps in (8, 10):
-            chosen = settings(128, 4, fitted(row), warps, None, Draws(8.0), 0)
-            ring = warps * chosen["STAGES"] * 64 * row
-            assert chosen["STAGES"] >= 2
-            assert ring + 65_536 <= 232_448  # of a multiprocessor, less what the rest takes
+            for width, per in ((64, 7), (128, 4), (128, 8), (256, 8)):
+                chosen = settings(width, per, fitted(row), warps, None, Draws(8.0), 0, LIMIT)
+                used = shared_bytes(width, per, fitted(row), warps, chosen["STAGES"])
+                assert chosen["STAGES"] >= 2
+                assert used <= LIMIT or (width, row) == (256, 128)  # which then goes to the four launches
+    wide = dataclasses.replace(fitted(96), row=96, nibbles=64)
+    assert shared_bytes(256, 8, wide, 8, 3) == 232_704  # as the compiler has it
 
 
 @GPU
