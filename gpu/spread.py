@@ -122,7 +122,8 @@ def adjust(cache: SampledCache, found: Spread, eps: float) -> None:
     B, g, per = cache.batch, cache.groups, cache.per
     wanted = (eps * cache.distance).square().view(B, g, 1)
     square = torch.maximum(found.square, PRIOR * found.expected / (found.draws + PRIOR)).view(B, g, per)
-    known = (square > 0) & square.isfinite()
+    count = cache.counts[:, 0].view(B, g, 1)
+    known = square.isfinite() & (count >= cache.floor) & (count <= cache.cap)
     change = torch.where(known, (square / wanted).clamp(0.25, 4.0), 1.0)
     budget = cache.budget.view(B, g, -1)[:, :, :per]
     least = cache.draws.least or 1.0

@@ -102,6 +102,16 @@ def test_budgets_follow_an_error_target():
     assert reached[1] < reached[0]
 
 
+def test_a_budget_beyond_all_keys_falls_until_there_is_an_error_to_follow():
+    k, v, q = inputs(1, 1, 2, 1400, 64, seed=15)
+    cache = SampledCache(k, v, 2, Draws(0.02**-2, least=spread.LEAST), 0.125, tuning=Tuning(single=False))
+    output = torch.empty_like(q)
+    for _ in range(6):
+        cache.attend(q, output)
+        spread.adjust(cache, spread.spread(cache, q, output), 0.1)
+    assert (cache.budget[:, :2] < 1000).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", [Sampled(eps=0.05), Sampled(budget=300.0)])
 def test_a_session_certifies_what_it_samples(policy):
