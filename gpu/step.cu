@@ -1,14 +1,13 @@
 // One sampled decode step in one launch: thresholds, scan, draw, attention to the drawn keys, merge, the new token.
 //
 // grid (SPLITS, heads), WARPS * 32 threads.  A warp scans blocks of 64 codes through a ring in shared memory, lists the
-// keys it draws, and attends to them sixteen at a time; the last program of a head to finish merges the parts and moves
+// keys it draws, and attends to them eight at a time; the last program of a head to finish merges the parts and moves
 // the state on.  What each part computes is the definition in `gpu.prepare`, `gpu.scan`, `gpu.gather`, `gpu.encode`.
 //
 // Compiled with: D width, G query heads of a key-value head (at most 8), NIBBLES and CRUMBS bytes of 4-bit and of 2-bit
 // codes in a row (multiples of 16 and of 8), WARPS, STAGES, SYSTEMATIC, REDRAW, LISTING, GROW, PAGE (0: not paged), BF16.
 
 typedef unsigned int u32;
-typedef unsigned long long u64;
 typedef long long i64;
 typedef signed char i8;
 typedef unsigned char u8;
@@ -24,7 +23,7 @@ constexpr int CB = CRUMBS / SHARE, CH = CB / 2;  // bytes and half-words of crum
 constexpr int TILES = BLOCK / (16 * KEYS);       // products' tiles in a block
 constexpr int THREADS = 32 * WARPS;
 constexpr int EIGHT = 8;                         // keys that a warp attends to at once
-constexpr int LIST = BLOCK + EIGHT;
+constexpr int LIST = BLOCK + EIGHT;              // keys that a warp lists at most: it scans on while there are fewer
 constexpr int UNIT = 24;
 constexpr int LINE = 32;
 constexpr int EVERY = 8, PARTS = 16;             // as in `gpu.scan`
@@ -564,7 +563,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, r = lane / 4, c = lane % 4;
   const int batch = index / a.groups, inner = index % a.groups;
 
-  // Codes and maps do not depend on the launch before this one: they are asked for while it ends.
+  // Maps do not depend on the launch before this one: they are asked for while it ends.  Codes do not either, but asked
+  // for so early they would stand in the queries' way.
   const Thresholds maps(a, index);
   const u8 *codes = a.codes + (i64)index * a.room * ROW;
   const int stride = splits * WARPS, mine = split * WARPS + warp;
@@ -604,7 +604,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
     const Queries queries(s, starved);
     const int worker = starved ? warp : mine, workers = starved ? WARPS : stride;
     const int blocks = stop > start ? stop / BLOCK : 0, certain = n - stop + start;
-    float alone[2] = {};
+    float alone[2] = {};  // keys that this lane's two heads alone would draw
     int listed = 0, drawn = 0, stage = 0, sure = worker, block = worker;
     Sums sums;
     for (;;) {
