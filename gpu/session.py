@@ -103,11 +103,11 @@ class CudaSession:
 
     def _follow(self, cache: SampledCache) -> None:
         """Make codes anew where there were few keys to make them for, or where the newest have drifted away."""
-        few = self._coded < LOOK and self._n >= 2 * self._coded
-        if not few and self._n >= self._looked + LOOK:
-            few = bool((cache.drift() > DRIFT).any())
+        anew = self._coded < LOOK and self._n >= 2 * self._coded
+        if not anew and self._n >= self._looked + LOOK:
+            anew = bool((cache.drift() > DRIFT).any())
             self._looked = self._n
-        if few:
+        if anew:
             cache.recode()
             self._coded = self._looked = self._n
 

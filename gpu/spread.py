@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from scipy.special import ndtri
 
+from attention.result import ROUNDING
 from attention.sampled import PRIOR, TAIL
 from gpu.codes import BLOCK
 from gpu.sampled import SampledCache
+from hsr import checks
 from hsr.errors import ArgumentError
 
-ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 LEAST = 16.0  # keys that a head draws
 UNIT = 2.0**-24  # chances are multiples of it
 
@@ -87,17 +88,18 @@ class Bounds(NamedTuple):
 def bounds(cache: SampledCache, found: Spread, q: torch.Tensor, output: torch.Tensor, confidence: float) -> Bounds:
     """Bounds that hold with about the confidence each; q and output (B, h, d), whose dtype's rounding counts."""
     B, h = found.square.shape
-    distance, directions, longest = (
+    distance, directions, longest, centre = (
         part.view(B, -1, 1).expand(B, -1, cache.per).reshape(B, h)
-        for part in (cache.distance, cache.directions, cache.longest)
+        for part in (cache.distance, cache.directions, cache.longest, cache.centre.norm(dim=1))
     )
     known = found.draws + PRIOR
     variance = (found.draws * found.variance + PRIOR * found.expected / distance.square()) / known
     square = (found.draws * found.square + PRIOR * found.expected) / known
     freedom = 1 / (1 / directions + TAIL / (2 * known))
     size = output.float().norm(dim=2)
-    centre = cache.centre.norm(dim=1).view(B, -1, 1).expand(B, -1, cache.per).reshape(B, h)
-    rounding = ROUNDING[output.dtype] * (size + centre + 2 * distance)  # of the weights, and of the output itself
+    rounding = ROUNDING[checks.dtype_name("output", output)] * (
+        size + centre + 2 * distance
+    )  # of the weights, and of the output itself
     unknown = found.square.isinf()
     error = torch.where(unknown, math.inf, (square * quantile(freedom, confidence)).sqrt() + rounding)
     relative = torch.where(size > error, error / (size - error).clamp(min=1e-38), math.inf)

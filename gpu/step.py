@@ -6,7 +6,6 @@ import ctypes
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from gpu.planes import Planes
@@ -36,13 +35,13 @@ class Arguments(ctypes.Structure):
     ]  # fmt: skip
 
 
-def axes(columns: np.ndarray, planes: Planes) -> np.ndarray:
+def axes(columns: torch.Tensor, planes: Planes) -> torch.Tensor:
     """(..., P, R) by plane and column -> (..., axes): planes of nibbles, then planes of 2-bit codes, none empty."""
     nibbles, row = planes.nibbles, planes.row
     parts = [columns[..., p, :nibbles] for p in range(2)]
     if row > nibbles:
         parts += [columns[..., p, nibbles:row] for p in range(4)]
-    return np.ascontiguousarray(np.concatenate(parts, axis=-1), np.float32)
+    return torch.cat(parts, -1)
 
 
 class Step:
@@ -63,12 +62,12 @@ class Step:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._splits = min(max(processors // heads, 1), MOST)
 
-        def on(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(axes(array, planes)).to(device)
-
-        self._query_map, self._key_map = on(planes.query_map.swapaxes(1, 2)), on(planes.key_map.swapaxes(1, 2))
-        self._means, self._spreads = on(cache.means.cpu().numpy()), on(cache.spreads.cpu().numpy())
-        self._half, self._top = on(planes.half), on(planes.top)
+        key_map, *_, half, top = cache._maps
+        maps = cache._query_map.transpose(1, 2), key_map.transpose(1, 2)  # (heads, d + 1, P, R)
+        self._query_map, self._key_map = (axes(part, planes) for part in maps)
+        self._means, self._spreads, self._half, self._top = (
+            axes(part, planes) for part in (cache.means, cache.spreads, half, top)
+        )
         self._tickets = torch.zeros(heads, dtype=torch.int32, device=device)
         self._parts = torch.empty(heads, self._splits, cache.per, cache.width, device=device)
         self._sums = torch.empty(heads, self._splits, 2, cache.per, device=device)

@@ -27,11 +27,15 @@ class Tokens:
         """Copy k, v (B, g, n, d) into memory of its own, a token's key beside its value, with room for ``room``."""
         self.batch, self.groups, n, self.width = k.shape
         self.room = -(-checks.whole("room", n + n // 4 if room is None else room, n) // BLOCK) * BLOCK
-        self._own: torch.Tensor | None = k.new_zeros(self.batch, self.groups, self.room, 2, self.width)
-        self.keys, self.values = self._own[..., 0, :], self._own[..., 1, :]
+        self._hold(k.new_zeros(self.batch, self.groups, self.room, 2, self.width))
         self.keys[:, :, :n], self.values[:, :, :n] = k, v
         self.pages: torch.Tensor | None = None
         self.page = 0
+
+    def _hold(self, own: torch.Tensor) -> None:
+        """Memory of its own (B, g, room, 2, d)."""
+        self._own: torch.Tensor | None = own
+        self.keys, self.values = own[..., 0, :], own[..., 1, :]
 
     @classmethod
     def adopted(cls, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor | None = None) -> Tokens:
@@ -93,16 +97,15 @@ class Tokens:
             raise ArgumentError(f"room of a cache that is used in place cannot grow from {self.room}; got {room}")
         more = self._own.new_zeros(self.batch, self.groups, room, 2, self.width)
         more[:, :, : self.room] = self._own
-        self._own, self.room = more, room
-        self.keys, self.values = more[..., 0, :], more[..., 1, :]
+        self.room = room
+        self._hold(more)
 
     def clone(self) -> Tokens:
         """The same in other memory, for measurements that must not find it in a cache."""
         tokens = Tokens.__new__(Tokens)
         vars(tokens).update(vars(self))
         assert self._own is not None, "only what is its own is cloned"
-        tokens._own = self._own.clone()
-        tokens.keys, tokens.values = tokens._own[..., 0, :], tokens._own[..., 1, :]
+        tokens._hold(self._own.clone())
         return tokens
 
 

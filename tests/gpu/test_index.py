@@ -23,8 +23,7 @@ pytestmark = [  # of the interpreter: numpy computes masked lanes too, and takes
 ]
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(HERE == "cpu", reason="needs a CUDA device"))
-DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=ON_GPU)]
+DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.gpu)]
 WIDTHS = (1, 5, 17, 40, 69)  # few, for each is a compilation on a GPU
 EXAMPLES = 60  # a third of a second each under the interpreter
 
@@ -310,7 +309,6 @@ def test_explain_says_what_is_read_and_why():
     assert repr(found).startswith("HSRIndex(heads=2, n=300, alive=298, d=40, dtype=float16, method=int8")
 
 
-@pytest.mark.skipif(HERE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_public_class_hands_tensors_on_a_gpu_over():
     keys = normal(2, 5000, 128, dtype=torch.bfloat16)

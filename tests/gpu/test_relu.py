@@ -24,8 +24,7 @@ pytestmark = [  # of the interpreter: numpy computes masked lanes too, and takes
 ]
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(HERE == "cpu", reason="needs a CUDA device"))
-DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=ON_GPU)]
+DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.gpu)]
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -230,7 +229,6 @@ def test_the_table_takes_the_first_session_that_serves_and_gives_every_reason():
         preferred("session", device="cuda", plan=soft)
 
 
-@pytest.mark.skipif(HERE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_a_session_on_the_gpu_attends_and_replays():
     k, v = normal(2, 2, 5000, 128, dtype=torch.bfloat16), normal(2, 2, 5000, 128, seed=1, dtype=torch.bfloat16)

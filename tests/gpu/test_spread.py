@@ -115,8 +115,6 @@ def test_a_budget_beyond_all_keys_falls_until_there_is_an_error_to_follow():
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", [Sampled(eps=0.05), Sampled(budget=300.0)])
 def test_a_session_certifies_what_it_samples(policy):
-    if HERE == "cpu":
-        pytest.skip("needs a CUDA device")
     k, v, q = inputs(1, 2, 4, 8000, 128, torch.bfloat16, seed=11)
     session = DecodeSession(k, v, policy=policy)
     held = total = 0

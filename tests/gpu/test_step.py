@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -15,24 +14,11 @@ from gpu import planes  # noqa: E402
 from gpu.launches import Tuning  # noqa: E402
 from gpu.sampled import Draws, SampledCache  # noqa: E402
 from gpu.step import Step, axes, settings, shared_bytes  # noqa: E402
-from tests.gpu.test_sampled import ALL, HERE, assert_exact, exact, inputs  # noqa: E402
+from tests.gpu.test_sampled import ALL, assert_exact, assert_unbiased, attend, exact, inputs  # noqa: E402
 
 GPU = pytest.mark.gpu
 FOUR = Tuning(single=False)
 LIMIT = 232_448  # bytes of shared memory of a program on an H100
-
-
-@pytest.fixture(autouse=True)
-def _only_where_it_runs(request):
-    if request.node.get_closest_marker("gpu") and HERE == "cpu":
-        pytest.skip("needs a CUDA device")
-
-
-def attend(cache, q):
-    output = torch.full_like(q, torch.nan)
-    cache.lse.fill_(torch.nan)
-    cache.attend(q, output)
-    return output
 
 
 def fitted(row, d=64):
@@ -46,7 +32,7 @@ def test_axes_are_the_planes_without_their_empty_columns(row):
     found = fitted(row)
     assert (found.nibbles % 16, (found.row - found.nibbles) % 8) == (0, 0)  # whole products
     numbered = np.arange(found.half.size).reshape(found.half.shape).astype(np.float32)
-    kept = axes(numbered, found)
+    kept = axes(torch.from_numpy(numbered), found).numpy()
     assert len(kept) == 2 * found.nibbles + 4 * (found.row - found.nibbles)
     left_out = np.setdiff1d(numbered.ravel(), kept)
     assert (found.top.ravel()[left_out.astype(int)] == 0).all()
@@ -135,18 +121,7 @@ def test_sums_are_unbiased(systematic):
     """Each of some 260 numbers is a mean of 64: a false alarm at five deviations, once in 5,000 runs."""
     k, v, q = inputs(1, 2, 2, 1900, 64, seed=2)
     cache = SampledCache(k, v, 4, Draws(40.0, systematic=systematic), 0.125)
-    wanted, lse = exact(q, k, v)
-    totals, vectors = [], []
-    for seed in range(64):
-        cache.seeds += 7919 * (seed + 1)
-        output = attend(cache, q)
-        weight = (cache.lse.double() - lse).exp()
-        totals.append(weight)
-        vectors.append(weight[..., None] * output.double())
-    for found, true in ((torch.stack(totals), torch.ones_like(lse)), (torch.stack(vectors), wanted)):
-        deviation = found.std(0) / math.sqrt(len(found))
-        assert ((found.mean(0) - true).abs() < 5 * deviation + 1e-3).all()
-    assert torch.stack(totals).std(0).max() > 1e-3  # it did sample
+    assert_unbiased(cache, q, exact(q, k, v), 64)
 
 
 @GPU
