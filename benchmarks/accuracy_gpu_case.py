@@ -1,10 +1,11 @@
 """Case ``accuracy-gpu``: errors of the GPU's sampled decode on a real model's heads, beside the oracle's top-k.
 
-The heads are SmolLM2-135M's over TOKENS tokens of the essays (`benchmarks.real_keys`, which can keep them in a file for
-a machine without the model), keys, values and queries in bfloat16.  The last ASKED positions' queries attend to the
-whole cache.  ``oracle-topk-union`` keeps every head's keys of largest score, shared by the group, as many for each as
-make the union as large as the sampled list with its sinks and recent keys.  Errors are relative to exact attention over
-the same bfloat16 numbers, over all layers that there are, heads and queries.
+The heads are SmolLM2-135M's over 8192 tokens of the essays, all of its context, and over four times as many with its
+RoPE scaled; or those in the file that HSR_HEADS names, for a machine without the model (`benchmarks.real_keys` writes
+it).  Keys, values and queries are bfloat16.  The last ASKED positions' queries attend to the whole cache.
+``oracle-topk-union`` keeps every head's keys of largest score, shared by the group, as many for each as make the union
+as large as the sampled list with its sinks and recent keys.  Errors are relative to exact attention over the same
+bfloat16 numbers, over all layers that there are, heads and queries.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.ledger import Row
 from gpu.sampled import Draws, SampledCache
 
 DEVICE = decode_gpu_case.DEVICE
-TOKENS, QUICK_TOKENS = 8192, 512
+TOKENS, QUICK_TOKENS = (8192, 32768), (512,)
 SHARES = (0.01, 0.05)  # of the keys, drawn for each head
 SETTINGS = {"fast": (24, (4, 2)), "quality": (32, (4, 2)), "quality-nibbles": (32, (4,))}
 SETTLE = 2  # rounds over the queries before any counts, in which thresholds settle
@@ -35,17 +36,36 @@ def missing() -> str | None:
 
 
 def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
-    """A row per share of keys and setting, and one for the oracle beside each."""
+    """A row per length, share of keys and setting, and one for the oracle beside each."""
     exact_gate()
-    tokens = QUICK_TOKENS if quick else TOKENS
-    layers = real_keys.layers(tokens, known_positions(tokens), real_keys.kept())
-    note(f"{len(layers)} layers of {len(layers[0].queries)} query heads, {ASKED} queries")
+    for layers in _texts(quick):
+        note(f"{len(layers)} layers of {len(layers[0].queries)} query heads, {ASKED} queries")
+        yield from _measured(layers)
+
+
+def _texts(quick: bool) -> Iterator[list[real_keys.Layer]]:
+    """The heads of each length; a file has one."""
+    path = real_keys.kept()
+    if path:
+        yield real_keys.read_kept(path, known_positions)
+        return
+    for tokens in QUICK_TOKENS if quick else TOKENS:
+        yield real_keys.layers(tokens, known_positions(tokens), "cuda")
+
+
+def _measured(layers: list[real_keys.Layer]) -> Iterator[Row]:
+    tokens = layers[0].keys.shape[1]
     for share in SHARES:
         for name, (size, widths) in SETTINGS.items():
             draws = Draws(share * tokens, size, widths=widths)
             found = [_layer(layer, draws) for layer in layers]
             ours, oracle, union = (np.concatenate(column) for column in zip(*found, strict=True))
-            head = {"tokens": tokens, "keys_per_head": draws.budget, "union_keys": float(union.mean())}
+            head = {
+                "tokens": tokens,
+                "rope": real_keys.rope(tokens),
+                "keys_per_head": draws.budget,
+                "union_keys": float(union.mean()),
+            }
             for policy, errors, read in ((f"sampled-{name}-union", ours, size), ("oracle-topk-union", oracle, None)):
                 yield head | {
                     "policy": policy,

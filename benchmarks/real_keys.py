@@ -1,7 +1,8 @@
 """Queries, keys and values of SmolLM2-135M reading the essays, after the rotary embedding.
 
-Nothing here imports torch before it is needed; `missing` says what to install.  A machine without the model can use
-heads that another one kept:
+Beyond the model's context of 8192 tokens its RoPE is scaled by YaRN (`rope` says how); the essays have about 150,000.
+`layers` keeps a few positions' queries, for decode; `prompts` keeps all, for prefill.  Nothing here imports torch
+before it is needed; `missing` says what to install.  A machine without the model can use heads that another one kept:
 
 python -m benchmarks.real_keys heads.npz --layers 8    # reads the essays and writes the file
 HSR_HEADS=heads.npz python -m benchmarks.run accuracy-gpu        # takes keys, values and queries from it
@@ -13,7 +14,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     import torch
 
 LIBRARIES = ("torch", "transformers", "gguf", "accelerate")
+LAYERS = 30  # of the model
 LAST = 32  # positions whose queries are kept
+
+Kept = TypeVar("Kept")
 
 
 class Layer(NamedTuple):
@@ -35,31 +39,81 @@ class Layer(NamedTuple):
     values: np.ndarray  # (g, n, dv) float32, likewise
 
 
+class Prompt(NamedTuple):
+    """One layer's tensors of all n positions, in the dtype that the model ran in."""
+
+    q: torch.Tensor  # (h, n, d)
+    k: torch.Tensor  # (g, n, d)
+    v: torch.Tensor  # (g, n, d)
+
+
 def missing(program: str) -> str | None:
     """One line that says what to install, if anything."""
     return demo.missing(program, LIBRARIES)
 
 
-def layers(tokens: int, positions: Sequence[int] | None = None, path: Path | None = None) -> list[Layer]:
-    """One forward pass over that many tokens of the essays; 4096 take about a minute on two cores.
+def rope(tokens: int) -> str:
+    """What the model's RoPE is for a prompt of that many tokens."""
+    return f"yarn x{tokens / demo.CONTEXT:g}" if tokens > demo.CONTEXT else "as trained"
 
-    Queries are kept of the given positions, ascending, or of the LAST ones.  With a path of `kept` heads they come from
-    there, in float16.
+
+def layers(
+    tokens: int, positions: Sequence[int] | None = None, device: str = "cpu", chosen: Sequence[int] | None = None
+) -> list[Layer]:
+    """One forward pass in float32 over that many tokens of the essays; 4096 take under a minute on two cores.
+
+    Queries are kept of the given positions, ascending, or of the LAST ones; layers are the chosen ones, or all.  An
+    ArgumentError says which layers there are.
     """
-    positions = range(tokens - LAST, tokens) if positions is None else positions
-    if path is not None:
-        with np.load(path) as file:
-            if file["keys"].shape[2] != tokens or file["positions"].tolist() != list(positions):
-                raise ArgumentError(f"HSR_HEADS must name heads of {tokens} tokens at the case's positions; got {path}")
-            parts = (file[name].astype(np.float32) for name in Layer._fields)
-            return [Layer(*layer) for layer in zip(*parts, strict=True)]
+    asked = list(range(tokens - LAST, tokens) if positions is None else positions)
+
+    def copied(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Layer:
+        return Layer(*(part.cpu().numpy().copy() for part in (q[:, asked], k, v)))
+
+    return _read(tokens, chosen, device, "float32", copied)
+
+
+def prompts(tokens: int, chosen: Sequence[int], device: str = "cpu", dtype: str = "float32") -> list[Prompt]:
+    """All positions' queries, keys and values of the chosen layers, on the device; the model runs in that dtype.
+
+    Other layers' tensors are not held: in float32 a layer takes 3.8 KB a token, 500 MB at 131,072.  Errors as `layers`.
+    """
+    return _read(tokens, chosen, device, dtype, lambda *parts: Prompt(*(part.contiguous() for part in parts)))
+
+
+def _read(tokens: int, chosen: Sequence[int] | None, device: str, dtype: str, keep: Callable[..., Kept]) -> list[Kept]:
+    """What ``keep`` makes of the chosen layers, or all, in that order; see `Recorder`."""
+    import torch
+
     from benchmarks import smollm
 
-    model, tokenizer = smollm.load_model()
+    model, tokenizer = smollm.load_model(tokens, device, getattr(torch, dtype))
     smollm.hook(model)
-    recorder = Recorder(positions)
+    every = range(model.config.num_hidden_layers)
+    chosen = every if chosen is None else chosen
+    if not set(chosen) <= set(every):
+        raise ArgumentError(f"chosen must be layers from 0 to {every[-1]}; got {list(chosen)}")
+    recorder = Recorder(keep, chosen)
     smollm.read_prompt(model, smollm.essay_tokens(tokenizer, tokens), recorder)
-    return recorder.layers
+    return [recorder.kept[layer] for layer in chosen]
+
+
+class Recorder(Generic[Kept]):
+    """A `benchmarks.smollm.Stage`: exact causal attention that keeps something of the chosen layers."""
+
+    def __init__(self, keep: Callable[..., Kept], chosen: Sequence[int]) -> None:
+        """``keep`` is given a layer's q (h, n, d), k and v (g, n, d)."""
+        self.kept: dict[int, Kept] = {}
+        self._keep = keep
+        self._chosen = set(chosen)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """See `benchmarks.smollm.Stage`."""
+        from benchmarks import smollm
+
+        if layer in self._chosen:
+            self.kept[layer] = self._keep(q, k, v)
+        return smollm.causal_attention(q, k, v, scale)
 
 
 def kept() -> Path | None:
@@ -71,27 +125,22 @@ def kept() -> Path | None:
 
 
 def keep(path: Path, found: Sequence[Layer], positions: Sequence[int]) -> None:
-    """Write layers, with queries of these positions, for `layers` to read."""
+    """Write layers, with queries of these positions, for `read_kept` to read."""
     queries, keys, values = (np.stack(parts).astype(np.float16) for parts in zip(*found, strict=True))
     np.savez_compressed(path, positions=np.array(positions), queries=queries, keys=keys, values=values)
 
 
-class Recorder:
-    """A `benchmarks.smollm.Stage`: exact causal attention that keeps what it was given."""
+def read_kept(path: Path, positions: Callable[[int], Sequence[int]]) -> list[Layer]:
+    """The layers that `keep` wrote, rounded to float16, of however many tokens.
 
-    def __init__(self, positions: Sequence[int]) -> None:
-        """Queries of these positions are kept."""
-        self.layers: list[Layer] = []
-        self._positions = list(positions)
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """See `benchmarks.smollm.Stage`."""
-        import torch
-
-        assert layer == len(self.layers)
-        self.layers.append(Layer(q[:, self._positions].numpy(), k.numpy().copy(), v.numpy().copy()))
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
+    An ArgumentError says that their queries are not those of the positions which a case asks for at that length.
+    """
+    with np.load(path) as file:
+        tokens = file["keys"].shape[2]
+        if file["positions"].tolist() != list(positions(tokens)):
+            raise ArgumentError(f"HSR_HEADS must name heads with queries of the case's positions; got {path}")
+        parts = (file[name].astype(np.float32) for name in Layer._fields)
+        return [Layer(*layer) for layer in zip(*parts, strict=True)]
 
 
 class Pool(NamedTuple):
@@ -123,20 +172,23 @@ def pool(tokens: int, seed: int) -> Pool:
     return Pool(*map(rng.permutation, flat))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write heads to a file that HSR_HEADS can name."""
-    from benchmarks.decode_cpu_case import TEXT, known_positions
+    from benchmarks.decode_cpu_case import QUICK_TEXT, TEXT, known_positions
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_keys", description="Keep heads in a file.")
     parser.add_argument("file", type=Path, help="where to")
     parser.add_argument("--layers", type=int, default=8, help="how many, evenly spaced (8)")
-    options = parser.parse_args()
-    positions = known_positions(TEXT)
-    found = layers(TEXT, positions)
-    if not 1 <= options.layers <= len(found):
-        parser.error(f"--layers must be 1 to {len(found)}; got {options.layers}")
-    chosen = np.linspace(0, len(found) - 1, options.layers).round().astype(int)
-    keep(options.file, [found[i] for i in chosen], positions)
+    parser.add_argument("--tokens", type=int, default=TEXT, help=f"beyond {demo.CONTEXT} RoPE is scaled ({TEXT})")
+    parser.add_argument("--device", default="cpu", help="where the model runs (cpu)")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.layers <= LAYERS:
+        parser.error(f"--layers must be 1 to {LAYERS}; got {options.layers}")
+    if options.tokens < QUICK_TEXT:
+        parser.error(f"--tokens must be at least {QUICK_TEXT}; got {options.tokens}")
+    positions = known_positions(options.tokens)
+    chosen = np.linspace(0, LAYERS - 1, options.layers).round().astype(int).tolist()
+    keep(options.file, layers(options.tokens, positions, options.device, chosen), positions)
 
 
 if __name__ == "__main__":

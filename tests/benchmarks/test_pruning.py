@@ -119,7 +119,7 @@ def test_the_recorder_keeps_what_the_model_attends_with(monkeypatch: pytest.Monk
     tokens = list(range(40))
     with torch.inference_mode():
         cache = model(torch.tensor([tokens]), use_cache=True).past_key_values
-    monkeypatch.setattr(smollm, "load_model", lambda: (model, None))
+    monkeypatch.setattr(smollm, "load_model", lambda *_: (model, None))
     monkeypatch.setattr(smollm, "essay_tokens", lambda _, count: tokens[:count])
     found = real_keys.layers(40, range(35, 40))
     for number, layer in enumerate(found):

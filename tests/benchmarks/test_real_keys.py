@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import real_keys
+from benchmarks import decode_cpu_case, real_keys
 from hsr import ArgumentError
 
 POSITIONS = [3, 5, 8]
@@ -31,12 +31,37 @@ def test_kept_heads_are_read_back(
         real_keys.kept()
     real_keys.keep(path, found, POSITIONS)
     assert real_keys.kept() == path
-    read = real_keys.layers(10, POSITIONS, path)
+    read = real_keys.read_kept(path, lambda tokens: [tokens - 7, tokens - 5, tokens - 2])
     assert len(read) == 3
     for one, other in zip(found, read, strict=True):
         for wanted, part in zip(one, other, strict=True):
             assert part.dtype == np.float32
             assert np.array_equal(part, wanted.astype(np.float16).astype(np.float32))
-    for tokens, positions in ((11, POSITIONS), (10, [3, 5]), (10, None)):
-        with pytest.raises(ArgumentError, match=f"HSR_HEADS must name heads of {tokens} tokens"):
-            real_keys.layers(tokens, positions, path)
+    for positions in ([3, 5], [3, 5, 9]):
+        with pytest.raises(ArgumentError, match="HSR_HEADS must name heads with queries of the case's positions"):
+            real_keys.read_kept(path, lambda _, positions=positions: positions)
+
+
+def test_the_program_keeps_evenly_spaced_layers_of_as_many_tokens_as_asked(
+    found: list[real_keys.Layer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple] = []
+    monkeypatch.setattr(real_keys, "layers", lambda *arguments: asked.append(arguments) or found)
+    path = tmp_path / "heads.npz"
+    real_keys.main([str(path), "--tokens", "16384", "--layers", "3", "--device", "cuda"])
+    assert asked == [(16384, decode_cpu_case.known_positions(16384), "cuda", [0, 14, 29])]
+    with np.load(path) as file:
+        assert file["positions"].tolist() == asked[0][1]
+    for wrong in (["--layers", "31"], ["--tokens", "511"]):
+        with pytest.raises(SystemExit):
+            real_keys.main([str(path), *wrong])
+    assert len(asked) == 1
+
+
+def test_rope_is_named_by_length() -> None:
+    assert [real_keys.rope(tokens) for tokens in (512, 8192, 12288, 131072)] == [
+        "as trained",
+        "as trained",
+        "yarn x1.5",
+        "yarn x16",
+    ]

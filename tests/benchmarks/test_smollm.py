@@ -9,6 +9,7 @@ import pytest
 
 from attention import Softmax
 from attention.reference import dense
+from benchmarks import real_keys
 
 torch = pytest.importorskip("torch", reason="the model runs in torch")
 pytest.importorskip("transformers", reason="the model is transformers'")
@@ -62,3 +63,17 @@ def test_prompt_attention_on_a_gpu_holds_no_square(dtype: str) -> None:
     K, V = (rows.double().repeat_interleave(3, dim=0) for rows in (k, v))
     last = torch.softmax(0.125 * q[:, -1:].double() @ K.mT, dim=-1) @ V
     assert (output[:, -1:] - last).norm() / last.norm() < (1e-4 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.slow
+def test_the_model_itself_is_stretched() -> None:
+    missing = real_keys.missing("this test")
+    if missing:
+        pytest.skip(missing)
+    model, tokenizer = smollm.load_model(4 * real_keys.demo.CONTEXT, dtype=torch.bfloat16)
+    rotary = model.model.rotary_emb
+    assert (rotary.rope_type, rotary.inv_freq.dtype, model.dtype) == ("yarn", torch.float32, torch.bfloat16)
+    assert rotary.attention_scaling == pytest.approx(1 + 0.1 * math.log(4))
+    assert (model.config.num_hidden_layers, model.config.max_position_embeddings) == (real_keys.LAYERS, 32768)
+    assert float(rotary.inv_freq[-1]) == pytest.approx(1e5 ** (-62 / 64) / 4)
+    assert len(smollm.essay_tokens(tokenizer, 131072)) == 131072
