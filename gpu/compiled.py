@@ -63,7 +63,7 @@ def kernel(name: str, function: str, settings: tuple[tuple[str, int], ...], devi
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # there is a context from here on
         major, minor = torch.cuda.get_device_capability(device)
-        module = _checked(driver.cuModuleLoadData(machine_code(name, dict(settings), f"sm_{major}{minor}")))
+        module = _checked(driver.cuModuleLoadData(machine_code(name, dict(settings), f"sm_{major}{minor}a")))
         found = _checked(driver.cuModuleGetFunction(module, function.encode()))
         address, size = _checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
         shared = ctypes.c_int()

@@ -154,7 +154,7 @@ def main() -> int:
     from gpu.compiled import machine_code  # only where cuda-bindings is
 
     for settings in step_settings():
-        registers, _, code = inspected(machine_code("step.cu", settings, "sm_90"))
+        registers, _, code = inspected(machine_code("step.cu", settings, "sm_90a"))
         loop = code[code.find("IMMA") : code.rfind("HMMA")]  # a scalar kept in memory across it costs nothing
         failed += _told("step", settings, "IMMA", (registers, len(re.findall(r"\b(?:STL|LDL)\b", loop)), code))
     return int(failed > 0)
