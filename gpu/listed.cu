@@ -346,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) listed(const __grid_constan
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     produce(a, s);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
