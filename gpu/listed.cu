@@ -18,6 +18,7 @@ constexpr int HALVES = D / 64;               // parts of a row of 128 bytes
 constexpr int CHUNKS = D / 8;                // 16-byte pieces of a row
 constexpr int ONCE = 32 / CHUNKS;            // rows that a warp asks for at once
 constexpr int PASSES = ROWS / (4 * ONCE);
+constexpr int BATCH = 4;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 #define INF __int_as_float(0x7F800000)
 
@@ -104,9 +105,10 @@ struct Item {
   i64 token, block, mean;
 
   __device__ __forceinline__ Item(const Arguments &a, int item) {
-    head = item % a.all;
+    const int each = a.groups * a.lines, source = item / each, left = item % each;  // a key-value head's items
+    head = source * a.groups + left % a.groups;
     batch = head / a.heads, inner = head % a.heads;
-    const int line = a.lines - 1 - item / a.all;
+    const int line = a.lines - 1 - left / a.groups;
     first = line * ROWS;
     many = a.q_sizes ? a.q_sizes[batch] : a.rows;
     const int size = a.k_sizes ? a.k_sizes[batch] : a.keys;
@@ -128,6 +130,18 @@ struct Item {
 __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, chunk = lane % CHUNKS;
   const int listed = ONCE * warp + lane % ONCE + 4 * ONCE * (lane / ONCE);  // the row whose index this lane knows
+  const u32 own = piece(ONCE * warp + lane / CHUNKS, chunk);  // in every pass alike: passes are whole eights of rows
+  auto gather = [&](u32 to, const u8 *from, u32 bytes, int index) {  // rows that the warp's lanes name; a few at a time, so that
+    #pragma unroll                                                   // none waits for the one before
+    for (int some = 0; some < PASSES; some += BATCH) {
+      u64 at[BATCH];
+      #pragma unroll
+      for (int i = 0; i < BATCH; i++) at[i] = (u64)from + (u64)(u32)__shfl_sync(~0u, index, ONCE * (some + i) + lane / CHUNKS) * bytes;
+      #pragma unroll
+      for (int i = 0; i < BATCH; i++)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + (some + i) * 4 * ONCE * 128), "l"(at[i]) : "memory");
+    }
+  };
   int round = 0;
   for (int turn = 0;; turn++) {
     await(s.q_empty, (turn & 1) ^ 1);
@@ -165,18 +179,14 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
     for (int tile = 0; tile < tiles; tile++, round++) {
       const int mine = next, stage = round % STAGES, parity = (round / STAGES & 1) ^ 1;
       next = index(tile + 1);
-      const u16 *k = keys, *v = values;
-      i64 k_n = a.k_n, v_n = a.v_n;
+      const u16 *k = keys + 8 * chunk, *v = values + 8 * chunk;
+      u32 k_n = 2 * (u32)a.k_n, v_n = 2 * (u32)a.v_n;  // bytes
       if (MEANS && tile >= item.banded + item.tokened + item.blocked) {
         const i64 from = ((i64)item.batch * (a.heads / a.groups) + item.inner / a.groups) * (a.keys / KEYS) * D;
-        k = a.mean_k + from, v = a.mean_v + from, k_n = D, v_n = D;
+        k = a.mean_k + from + 8 * chunk, v = a.mean_v + from + 8 * chunk, k_n = v_n = 2 * D;
       }
       await(s.k_empty[stage], parity);
-      #pragma unroll 4
-      for (int pass = 0; pass < PASSES; pass++) {
-        const int row = 4 * ONCE * pass + ONCE * warp + lane / CHUNKS, j = __shfl_sync(~0u, mine, ONCE * pass + lane / CHUNKS);
-        copy16(address(s.k[stage]) + piece(row, chunk), k + j * k_n + 8 * chunk, 16);
-      }
+      gather(address(s.k[stage]) + own, (const u8 *)k, k_n, mine);
       if (TOKENS && tile >= item.banded && tile < item.banded + item.tokened) {
         const int t = KEYS * (tile - item.banded) + thread;
         const int bytes = t < item.count ? 4 : 0;
@@ -184,11 +194,7 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
       }
       arrive_copied(s.k_full[stage]);
       await(s.v_empty[stage], parity);
-      #pragma unroll 4
-      for (int pass = 0; pass < PASSES; pass++) {
-        const int row = 4 * ONCE * pass + ONCE * warp + lane / CHUNKS, j = __shfl_sync(~0u, mine, ONCE * pass + lane / CHUNKS);
-        copy16(address(s.v[stage]) + piece(row, chunk), v + j * v_n + 8 * chunk, 16);
-      }
+      gather(address(s.v[stage]) + own, (const u8 *)v, v_n, mine);
       arrive_copied(s.v_full[stage]);
     }
   }
@@ -346,10 +352,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) listed(const __grid_constan
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     produce(a, s);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     consume(a, s);
   }
 }
