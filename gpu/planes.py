@@ -12,9 +12,11 @@ Keys are widened by the lift of `hsr.lifted`, which is one more coordinate, so m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+import torch
 
 from hsr.coder import EVERY, Coder, fit
 from hsr.errors import ArgumentError
@@ -23,6 +25,30 @@ SHIFTS = (0, 4, 2, 6)  # nibble columns use the first two
 ROWS = (16, 24, 32, 48, 64, 96, 128)  # bytes that a row of codes may have
 WIDTHS = (4, 2)  # bits of a code that the kernels know
 GRAIN = {8: 1, 4: 4, 2: 2, 1: 1}  # words of a width come in so many: whole products of 16 keys by 32 axes
+
+
+@dataclass(frozen=True)
+class DevicePlanes:
+    """The arrays of `Planes` on a device, float32."""
+
+    query_map: torch.Tensor
+    key_map: torch.Tensor
+    mean: torch.Tensor
+    half: torch.Tensor
+    top: torch.Tensor
+    order: torch.Tensor  # (axes,) int64: columns of nibbles, plane by plane, then those of 2-bit codes; none is empty
+
+    def axes(self, columns: torch.Tensor) -> torch.Tensor:
+        """(..., P, R) by plane and column -> (..., axes) in `order`."""
+        return columns.flatten(-2).index_select(-1, self.order)
+
+    @cached_property
+    def by_axis(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Maps of queries and of keys (g, d + 1, axes), half and top (axes,), as `gpu.step` reads them."""
+        return (
+            self.axes(self.query_map.transpose(1, 2)), self.axes(self.key_map.transpose(1, 2)),
+            self.axes(self.half), self.axes(self.top),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +66,16 @@ class Planes:
     mean: np.ndarray  # (g, d + 1); the last one in units of scaled scores' nats over the scale
     half: np.ndarray  # (P, R): levels / 2, 0 without an axis
     top: np.ndarray  # (P, R): levels - 1, 0 without an axis
+    _placed: dict[torch.device, DevicePlanes] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> DevicePlanes:
+        """The same on a device, copied there at the first call: a cache of the same codes then waits for no copy."""
+        if device not in self._placed:
+            columns = np.arange(self.half.size).reshape(self.half.shape)
+            order = np.concatenate([columns[:2, : self.nibbles].ravel(), columns[:, self.nibbles : self.row].ravel()])
+            parts = self.query_map, self.key_map, self.mean, self.half, self.top, order
+            self._placed[device] = DevicePlanes(*(torch.from_numpy(part).to(device) for part in parts))
+        return self._placed[device]
 
     @property
     def count(self) -> int:

@@ -1,11 +1,14 @@
-"""Before the scan: queries into code space, their thresholds, and beside them the new token's row and codes."""
+"""Before the scan: queries into code space, their thresholds, and beside them the new token's row and codes.
+
+And before the first of all: what a cache starts from.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gpu.codes import LINE, after_predecessor, length, log2, span, successor_may_start
+from gpu.codes import LINE, after_predecessor, length, log2, mixed, span, successor_may_start
 from gpu.encode import write_token
 
 GAIN = tl.constexpr(0.5)  # of the correction from step to step: half, because queries differ
@@ -16,7 +19,27 @@ LOWEST = tl.constexpr(-8.0)
 ROUNDS = tl.constexpr(2)  # of Newton's method, from the last step's place
 EVERYTHING = tl.constexpr(-1e30)  # a threshold below every score
 LN2 = tl.constexpr(0.6931471805599453)
+START = tl.constexpr(3.0)  # deviations above the mean score where thresholds are searched from
 PARTS = tl.constexpr(16)  # a found key counts so much, see `gpu.scan.scan`
+
+
+@triton.jit(do_not_specialize=["seed"])
+def begin(SEEDS, COUNTS, FOUND, RHO, TRIM, BUDGET, seed, budget, GP: tl.constexpr):
+    """What the steps of a head start from; grid (B * heads,).
+
+    ``seed`` int32, of all heads -> SEEDS (B * heads,) int32, which `generator` mixes the step into; COUNTS (.., LINE)
+    zero, FOUND (.., LINE) negative where no step was yet, RHO, TRIM and BUDGET (.., GP) float32.
+    """
+    head = tl.program_id(0)
+    g = tl.arange(0, GP)
+    line = tl.arange(0, LINE)
+    own = mixed(seed.to(tl.uint32) ^ mixed(head.to(tl.uint32) + 0x9E3779B9))
+    tl.store(SEEDS + head, own.to(tl.int32, bitcast=True))
+    tl.store(COUNTS + head * LINE + line, tl.zeros((LINE,), tl.int32))
+    tl.store(FOUND + head * LINE + line, tl.where(line < GP, -1, 0))
+    tl.store(RHO + head * GP + g, tl.full((GP,), START, tl.float32))
+    tl.store(TRIM + head * GP + g, tl.zeros((GP,), tl.float32))
+    tl.store(BUDGET + head * GP + g, tl.zeros((GP,), tl.float32) + budget)
 
 
 @triton.jit

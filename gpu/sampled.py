@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu import encode, planes, tokens
+from gpu import encode, moments, planes, prepare, tokens
 from gpu.codes import LINE as COUNTERS
 from gpu.launches import MEASURED, Tuning, launches, overlap
-from gpu.step import Step
+from gpu.step import Step, properties
 from gpu.tokens import Tokens
 from hsr import checks
 from hsr.coded_scan import KEYS as BLOCK
@@ -29,7 +29,6 @@ from hsr.lifted_numba import mixed
 WIDTHS = (64, 128, 256)  # head widths that the kernels have a form for
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP = 16  # most query heads of a key-value head
-NEAR, TINY = 0.1, 1e-30  # as in `attention.values`: nearer values are sampled as if so far from the centre
 NEWEST = 1024  # keys that tell of a drift
 STARVED = 4  # a list of fewer than budget / STARVED keys is not trusted
 SHARE = 32  # keys of a full list that are worth a gathering program
@@ -149,11 +148,16 @@ class SampledCache:
         tuning: Tuning,
     ) -> None:
         sizes = tokens.sizes(lengths, held, given)
+        if coded is not None and coded.mean.shape != (held.batch * held.groups, held.width + 1):
+            raise ArgumentError(
+                f"coded must have maps of {held.batch * held.groups} heads of width {held.width}; got "
+                f"{len(coded.mean)} of width {coded.mean.shape[1] - 1}"
+            )
         self.tokens, self.draws, self.scale, self.tuning = held, draws, scale, tuning
         self.batch, self.groups, self.width, self.per = held.batch, held.groups, held.width, heads // held.groups
         self.padded = 8 if self.per <= 8 else 16
         self._device = held.keys.device
-        self.lengths = torch.from_numpy(np.repeat(sizes, self.groups)).to(self._device, torch.int32)
+        self.lengths = _lengths(sizes, self.groups, self._device)
         self.status = torch.zeros(len(self.lengths), 4, dtype=torch.int32, device=self._device)  # see `gpu.gather`
         self._queries = queries
         self._code(sizes, coded)
@@ -161,7 +165,11 @@ class SampledCache:
     def _code(self, sizes: np.ndarray, coded: planes.Planes | None) -> None:
         """Codes of all tokens, and the buffers of a step over them."""
         held = self.tokens
-        self._fit(sizes, coded)
+        floor = self._describe()
+        self.planes = coded or self._fitted(sizes, floor)
+        placed = self.planes.on(self._device)
+        self._query_map = placed.query_map
+        self._maps = placed.key_map, placed.mean, self.centre, floor, placed.half, placed.top
         self._allocate()
         blocks = int(sizes.max()) // BLOCK
         if blocks:
@@ -169,7 +177,7 @@ class SampledCache:
                 *self._cache, *self._maps, self.codes, *held.strides, held.most, held.room, self.groups, self.scale,
                 self.width, self.planes.columns, self.planes.row, self.planes.count, held.page, num_warps=4,
             )  # fmt: skip
-        self._measure(sizes)
+        self.means, self.spreads = self._moments(SAMPLE, newest=False)
         self._choose()
 
     def _choose(self) -> None:
@@ -181,11 +189,8 @@ class SampledCache:
 
         The squared distance of their means over the sum of the variances: 1 is a deviation in every direction.
         """
-        last = (self.lengths.long() // BLOCK * BLOCK)[:, None]
-        at = (last - 1 - torch.arange(NEWEST, device=self._device)).clamp(min=0)
-        parts = self._parts(at).mean(2)
-        moved = (parts - self.means[..., : self.planes.row]).square().sum((1, 2))
-        return torch.where(last[:, 0] > 0, moved / (self.spreads.sum((1, 2)) + TINY), 0.0)
+        means, _ = self._moments(NEWEST, newest=True)
+        return (means - self.means).square().sum((1, 2)) / (self.spreads.sum((1, 2)) + moments.TINY.value)
 
     def recode(self, queries: torch.Tensor | None = None) -> None:
         """Make coder and codes anew, for queries as at first, and wait for it; graphs must be captured again."""
@@ -220,88 +225,73 @@ class SampledCache:
         held = self.tokens
         return held.keys, held.values, self.lengths if held.pages is None else held.pages
 
-    def _measure(self, sizes: np.ndarray) -> None:
-        """Means and variances of the codes in every column, and where thresholds are searched from."""
-        heads, shape = self.batch * self.groups, self.planes
-        coded = sizes // BLOCK * BLOCK
-        parts = self._parts(self._evenly(coded).flatten(0, 1))
-        self.means, self.spreads = torch.zeros(
-            2, heads, shape.count, shape.columns, dtype=torch.float32, device=self._device
+    def _describe(self) -> torch.Tensor:
+        """What evenly spaced tokens of each sequence say of it; returns the floor (heads,) of values' distances."""
+        heads, d, held, parts = self.batch * self.groups, self.width, self.tokens, moments.PARTS.value
+        new = partial(torch.empty, dtype=torch.float32, device=self._device)
+        sums = new(heads, parts, d), new(heads, parts, d, d), new(heads, parts)
+        moments.accumulate[(parts, heads, d // moments.ROWS.value + 1)](
+            *self._cache, self.lengths, *sums, *held.strides, held.most, self.groups, d, held.page, num_warps=4
         )
-        if coded.any():
-            self.means[..., : shape.row] = parts.mean(2)
-            self.spreads[..., : shape.row] = parts.var(2, correction=0)
-        self.rho = torch.full((heads, self.padded), 3.0, device=self._device)
-        self.trim = torch.zeros(heads, self.padded, device=self._device)
+        self.centre = new(heads, d)
+        self.distance, self.longest, self.directions, floor = (new(heads) for _ in range(4))
+        moments.merge[(heads,)](
+            *sums, self.lengths, self.centre, self.distance, floor, self.longest, self.directions, d, num_warps=8
+        )
+        return floor
 
-    def _parts(self, at: torch.Tensor) -> torch.Tensor:
-        """Codes at positions (heads, t), by plane and column: (heads, P, t, row) float32."""
-        shape = self.planes
-        codes = self.codes.gather(1, at[..., None].expand(*at.shape, shape.row)).int()
-        shifts = torch.tensor(planes.SHIFTS[: shape.count], device=self._device)
-        top = torch.from_numpy(shape.top[:, : shape.row]).to(self._device).int()
-        return ((codes[:, None] >> shifts[:, None, None]) & top[:, None]).float()
+    def _moments(self, most: int, newest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and variances (heads, P, R) of the codes of ``most`` tokens, evenly spaced ones or the newest."""
+        heads, shape = self.batch * self.groups, self.planes
+        means, spreads = torch.empty(
+            2, heads, shape.count, shape.columns, dtype=torch.float32, device=self._device
+        ).unbind()
+        moments.codes[(shape.columns // moments.COLUMNS.value, shape.count, heads)](
+            self.codes, self.lengths, self._maps[-1], means, spreads, most, self.room, shape.columns, shape.row,
+            shape.count, newest, num_warps=8,
+        )  # fmt: skip
+        return means, spreads
 
-    def _evenly(self, sizes: np.ndarray) -> torch.Tensor:
-        """(B, g, at most SAMPLE) int64: positions evenly spaced among the first ``sizes`` (B,) tokens."""
-        many = min(SAMPLE, int(sizes.max()))
-        at = torch.from_numpy(np.arange(many) * sizes[:, None] // max(many, 1)).to(self._device)
-        return at[:, None].expand(self.batch, self.groups, many)
-
-    def _fit(self, sizes: np.ndarray, coded: planes.Planes | None) -> None:
-        """Centre, floor, directions and maps from evenly spaced tokens of each sequence."""
-        heads, d = self.batch * self.groups, self.width
-        at = self._evenly(sizes)
-        keys, values = (self.tokens.rows(part, at).float().reshape(heads, -1, d) for part in (self.keys, self.values))
-        centre = values.mean(1)
-        self.longest = keys.norm(dim=2).amax(1)  # (heads,)
-        values -= centre[:, None]
-        distance = values.norm(dim=2)
-        self.distance = distance.square().mean(1).sqrt() + TINY  # (heads,)
-        moment = values.mT @ values
-        self.directions = moment.diagonal(dim1=1, dim2=2).sum(1).square() / (moment.square().sum((1, 2)) + TINY)
-        floor = NEAR * self.distance
-        lift = torch.maximum(distance, floor[:, None]).log()
+    def _fitted(self, sizes: np.ndarray, floor: torch.Tensor) -> planes.Planes:
+        """A coder for evenly spaced tokens of each sequence, fitted on the host."""
+        heads, d, many = self.batch * self.groups, self.width, min(SAMPLE, int(sizes.max()))
+        at = torch.from_numpy(np.arange(many) * sizes[:, None] // many).to(self._device)
+        at = at[:, None].expand(self.batch, self.groups, many)
+        keys, values = (self.tokens.rows(part, at).float().reshape(heads, many, d) for part in (self.keys, self.values))
+        lift = torch.maximum((values - self.centre[:, None]).norm(dim=2), floor[:, None]).log()
         known = None
         if self._queries is not None:
             known = self._queries.float().reshape(heads, -1, d).cpu().numpy()
-        found = coded or planes.fitted(
+        return planes.fitted(
             keys.cpu().numpy(), lift.cpu().numpy(), self.scale, self.draws.bytes_per_key, known, self.draws.widths
         )
-        self.planes = found
-        self._query_map = torch.from_numpy(found.query_map).to(self._device)
-        self.centre = centre.contiguous()  # (heads, d)
-        maps = (torch.from_numpy(part).to(self._device) for part in (found.key_map, found.mean))
-        levels = (torch.from_numpy(part).to(self._device) for part in (found.half, found.top))
-        self._maps = (*maps, self.centre, floor.contiguous(), *levels)
 
     def _allocate(self) -> None:
-        heads, per, d, row = self.batch * self.groups, self.per, self.width, self.planes.row
-        budget = self.draws.budget
+        """Buffers of a step: `gpu.prepare.begin` fills those that it starts from, its kernels the others."""
+        heads, per, budget = self.batch * self.groups, self.per, self.draws.budget
         self.floor = max(int(self.draws.least or budget) // STARVED, 1)
         self.splits = _splits(self._device, heads, self.tuning.resident, per * budget)
-
-        def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=self._device)
-
-        self.codes = new(heads, self.room, row, dtype=torch.uint8)
-        self.budget = torch.full((heads, self.padded), float(budget), device=self._device)
+        new = partial(torch.empty, device=self._device)
+        self.codes = torch.zeros(heads, self.room, self.planes.row, dtype=torch.uint8, device=self._device)
         self.queries = new(heads, self.planes.count, self.padded, self.planes.columns, dtype=torch.int8)
-        self.sigma, self.tau = new(2, heads, self.padded, dtype=torch.float32)
+        self.rho, self.trim, self.budget, self.sigma, self.tau = new(5, heads, self.padded).unbind()
+        self.seeds = new(heads, dtype=torch.int32)
+        self.counts, self.found = new(2, heads, COUNTERS.value, dtype=torch.int32).unbind()
+        self.parts = new(heads, self.splits, per, self.width)
+        self.sums = new(heads, self.splits, per)
+        self.lse = new(self.batch, self.groups * per)
         self._list()
-        self.counts = new(heads, int(COUNTERS.value))
-        self.found = new(heads, int(COUNTERS.value)) - 1
-        self.parts = new(heads, self.splits, per, d, dtype=torch.float32)
-        self.sums = new(heads, self.splits, per, dtype=torch.float32)
-        self.lse = new(self.batch, self.groups * per, dtype=torch.float32)
-        self.seeds = torch.from_numpy(_seeds(self.draws.seed, heads)).to(self._device)
+        prepare.begin[(heads,)](
+            self.seeds, self.counts, self.found, self.rho, self.trim, self.budget, _seed(self.draws.seed),
+            float(budget), self.padded, num_warps=1,
+        )  # fmt: skip
 
     def _list(self) -> None:
         """A list that holds ROOMY times what is expected, or every key."""
         listed = max(256, -(-int(ROOMY * self.draws.budget * self.per) // 64) * 64)
         self.cap = min(listed, self.room)
         self.crowd = self.cap // 2 if listed < self.room else self.cap - 1  # a list of all keys is never crowded
-        self.drawn = torch.zeros(len(self.lengths), self.cap, dtype=torch.int64, device=self._device)
+        self.drawn = torch.empty(len(self.lengths), self.cap, dtype=torch.int64, device=self._device)
 
     def reserve(self, room: int) -> None:
         """Make room for so many tokens in all; graphs that were captured before still use the old memory."""
@@ -350,16 +340,22 @@ class SampledCache:
 
 def _splits(device: torch.device, heads: int, resident: int, listed: float) -> int:
     """Parts of a list, a power of two: what fills the multiprocessors ``resident`` times, but some keys for each."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    processors = properties(device).multi_processor_count if device.type == "cuda" else 4
     most = max(min(processors * resident // heads, int(listed) // SHARE), 1)
     return min(1 << (most.bit_length() - 1), 64)
 
 
-def _seeds(seed: int, heads: int) -> np.ndarray:
-    """(heads,) int32: what `hsr.lifted_numba.generators` mixes the step into."""
-    first = mixed(np.uint32(seed & 0xFFFFFFFF) ^ mixed(np.uint32(seed >> 32) + np.uint32(1)))
-    seeds = [mixed(first ^ mixed(np.uint32(head) + np.uint32(0x9E3779B9))) for head in range(heads)]
-    return np.array(seeds, np.uint32).view(np.int32)
+def _lengths(sizes: np.ndarray, groups: int, device: torch.device) -> torch.Tensor:
+    """sizes (B,) -> (B * groups,) int32; made on the device where they are alike, so that the host copies nothing."""
+    if (sizes == sizes[0]).all():
+        return torch.full((len(sizes) * groups,), int(sizes[0]), dtype=torch.int32, device=device)
+    return torch.from_numpy(np.repeat(sizes, groups).astype(np.int32)).to(device)
+
+
+def _seed(seed: int) -> int:
+    """The part of `hsr.lifted_numba.generators` that all heads share: int32."""
+    mix = mixed(np.uint32(seed & 0xFFFFFFFF) ^ mixed(np.uint32(seed >> 32) + np.uint32(1)))
+    return int(np.uint32(mix).view(np.int32))
 
 
 def _check(k: torch.Tensor, v: torch.Tensor, heads: int, groups: int, draws: Draws) -> None:

@@ -10,7 +10,7 @@ import torch
 from attention.engine import Plan
 from attention.result import Certificate, Counters, Result
 from attention.sampled import Sampled
-from gpu import spread, tokens
+from gpu import spread, tensors, tokens
 from gpu.sampled import Draws, SampledCache
 from hsr.errors import ArgumentError
 
@@ -39,14 +39,14 @@ class CudaSession:
         assert isinstance(plan.policy, Sampled)
         self._plan, self._policy = plan, plan.policy
         self._batched = k.ndim == 4
-        if k.ndim not in (3, 4) or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
+        if k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
             raise ArgumentError(
                 f"v must be like k on cuda, (g, n, d) or (B, g, n, d); got {tuple(v.shape)} of {v.dtype} on {v.device} "
                 f"and {tuple(k.shape)} of {k.dtype} on {k.device}"
             )
-        self._waiting = [self._full(k), self._full(v)]
-        for name, part in (("k", k), ("v", v)):
-            _finite(name, part)
+        self._waiting = [
+            self._full(tensors.floats(name, part, (3, 4), k.device)) for name, part in (("k", k), ("v", v))
+        ]
         self._cache: SampledCache | None = None
         self._n = self._waiting[0].shape[2]
         self._coded = self._looked = self._n  # tokens when codes were made, and when their drift was looked at
@@ -170,8 +170,3 @@ def session(k: torch.Tensor, v: torch.Tensor, plan: Plan) -> CudaSession:
 def _readable(part: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy whose rows the kernels can read."""
     return part if tokens.aligned(part) else part.clone(memory_format=torch.contiguous_format)
-
-
-def _finite(name: str, array: torch.Tensor) -> None:
-    if not bool(torch.isfinite(array).all()):
-        raise ArgumentError(f"{name} must be finite; got NaN or infinity")

@@ -21,16 +21,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import encode, gather, half_space, prepare, relu, scan
+from gpu import encode, gather, half_space, moments, prepare, relu, scan
 from gpu.launches import scan_warps
 
 FLOATS = set("MAP MEANS SPREADS TRIM RHO BUDGET SIGMA TAU KEY_MAP MEAN CENTRE FLOOR HALF TOP PARTS SUMS LSE".split())
-FLOATS |= set("STEPS SLACK REACH WIDTH LEVEL".split())
+FLOATS |= set("STEPS SLACK REACH WIDTH LEVEL MOMENTS GREATEST DISTANCE LONGEST DIRECTIONS".split())
 HALVES = set("Q K V NEW_K NEW_V OUTPUT".split())
 WHOLE = set("PAGES LENGTHS SEEDS COUNTS FOUND STATUS LIMITS BITS IDS".split())
 EIGHT = {"QUERIES": "*i8", "CODES": "*i8", "ROUNDED": "*i8", "KEEP": "*i8"}
 EIGHT |= {"DRAWN": "*i64", "STARTS": "*i64", "PAIRS": "*i64", "LISTED": "*i64", "POWERS": "*i64", "REPORTED": "*i64"}
-REAL = {"scale"}
+REAL = {"scale", "budget"}
 DOUBLES = set("MIDDLE SPREAD THRESHOLDS SCORES SETTINGS LARGEST TOTALS VECTORS RADIUS CAST FACTS".split())
 
 
@@ -58,6 +58,12 @@ def cases() -> Iterator[Case]:
         yield Case(prepare.prepare, shape | {"G": G, "GP": 8 if G <= 8 else 16} | common, warps, "MMA")
         yield Case(encode.encode, shape, 4, "MMA")
         yield Case(encode.append, shape | {"PDL": True}, 4, "MMA")
+        columns = {"R": R, "ROW": R - 8 * (P == 4), "PLANES": P, "NEWEST": False}
+        yield Case(moments.codes, columns, 8, "")
+        yield Case(prepare.begin, {"GP": 8 if G <= 8 else 16}, 1, "")
+    for D in (64, 128, 256):
+        yield Case(moments.accumulate, {"D": D, "PAGE": 16 * (D == 128)}, 4, "MMA")
+        yield Case(moments.merge, {"D": D}, 8, "")
     for D, G in ((64, 7), (128, 4), (128, 1), (256, 16)):
         group = max(4, triton.next_power_of_2(G))
         shape = {"G": G, "GP": group, "D": D, "KEYS": min(64, 64 * 128 // D), "STAGES": 1, "PAGE": 16 * (D == 64)}
@@ -94,7 +100,7 @@ def compiled(case: Case) -> tuple[int, int, str]:
     """Registers, spilled bytes and instructions, and the machine code."""
     names = case.kernel.arg_names
     kinds = {name: _kind(name) for name in names if name not in case.settings}
-    if case.kernel in (encode.encode, encode.append, prepare.prepare):
+    if case.kernel in (encode.encode, encode.append, prepare.prepare, moments.codes):
         kinds["CODES"] = "*u8"
     signature = {name: kinds.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in case.settings.items()}

@@ -24,19 +24,21 @@ UNIT = 2.0**-24  # chances are multiples of it
 
 
 class Spread(NamedTuple):
-    """What the draws tell of their own spread, all (B, h) float32.
+    """What the draws tell of their own spread, all (B, h), float32 but for ``whole``.
 
     Attributes:
         variance: of the weights' sum, relative to its square.
         square: mean squared error of the output.
         draws: how many draws carry it, ``(sum x)^2 / sum x^2`` of their shares x.
         expected: mean squared error of the output that the chances let expect.
+        whole: bool, whether every key was read, so that nothing was left to chance.
     """
 
     variance: torch.Tensor
     square: torch.Tensor
     draws: torch.Tensor
     expected: torch.Tensor
+    whole: torch.Tensor
 
 
 def spread(cache: SampledCache, q: torch.Tensor, output: torch.Tensor) -> Spread:
@@ -53,7 +55,7 @@ def spread(cache: SampledCache, q: torch.Tensor, output: torch.Tensor) -> Spread
     stop = torch.maximum((n - draws.recent).clamp(min=0) // BLOCK.value * BLOCK.value, start)
     count = cache.counts[:, 0].view(B, g)
     starved = count < torch.minimum(torch.full_like(n, cache.floor), (stop - start) // 4)
-    whole = starved | ((count > cache.cap) & (not cache.single))  # every key was read
+    whole = starved | ((count > cache.cap) & (not cache.single)) | (stop == start)
     listed = torch.arange(cache.cap, device=q.device) < count[..., None]
     entries = torch.where(listed, cache.drawn.view(B, g, cache.cap), 0)
     chance = torch.where(listed, (entries >> 32) * UNIT, 1.0).float()[:, :, None]  # (B, g, 1, cap)
@@ -74,7 +76,7 @@ def spread(cache: SampledCache, q: torch.Tensor, output: torch.Tensor) -> Spread
     nothing = (count == 0) & (stop > start)  # no draw tells nothing, not that there is no error
     unknown = ((nothing | (count > cache.cap)) & ~whole)[..., None]  # or more was drawn than the list holds
     filled = (torch.where(whole[..., None], 0.0, torch.where(unknown, math.inf, part)) for part in found)
-    return Spread(*(part.expand(B, g, G).reshape(B, g * G) for part in filled))
+    return Spread(*(part.expand(B, g, G).reshape(B, g * G) for part in (*filled, whole[..., None])))
 
 
 class Bounds(NamedTuple):
@@ -124,8 +126,7 @@ def adjust(cache: SampledCache, found: Spread, eps: float) -> None:
     B, g, per = cache.batch, cache.groups, cache.per
     wanted = (eps * cache.distance).square().view(B, g, 1)
     square = torch.maximum(found.square, PRIOR * found.expected / (found.draws + PRIOR)).view(B, g, per)
-    count = cache.counts[:, 0].view(B, g, 1)
-    known = square.isfinite() & (count >= cache.floor) & (count <= cache.cap)
+    known = square.isfinite() & ~found.whole.view(B, g, per)
     change = torch.where(known, (square / wanted).clamp(0.25, 4.0), 1.0)
     budget = cache.budget.view(B, g, -1)[:, :, :per]
     least = cache.draws.least or 1.0

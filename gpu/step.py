@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +36,6 @@ class Arguments(ctypes.Structure):
     ]  # fmt: skip
 
 
-def axes(columns: torch.Tensor, planes: Planes) -> torch.Tensor:
-    """(..., P, R) by plane and column -> (..., axes): planes of nibbles, then planes of 2-bit codes, none empty."""
-    nibbles, row = planes.nibbles, planes.row
-    parts = [columns[..., p, :nibbles] for p in range(2)]
-    if row > nibbles:
-        parts += [columns[..., p, nibbles:row] for p in range(4)]
-    return torch.cat(parts, -1)
-
-
 class Step:
     """The launch of a cache's steps.
 
@@ -59,20 +51,14 @@ class Step:
         if warps is None:
             warps = 12 if cache.width <= 128 and planes.row < 32 and cache.room >= LONG else 8
         self._warps = warps
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._splits = min(max(processors // heads, 1), MOST)
+        self._splits = min(max(properties(device).multi_processor_count // heads, 1), MOST)
 
-        key_map, *_, half, top = cache._maps
-        maps = cache._query_map.transpose(1, 2), key_map.transpose(1, 2)  # (heads, d + 1, P, R)
-        self._query_map, self._key_map = (axes(part, planes) for part in maps)
-        self._means, self._spreads, self._half, self._top = (
-            axes(part, planes) for part in (cache.means, cache.spreads, half, top)
-        )
+        placed = planes.on(device)
+        self._query_map, self._key_map, self._half, self._top = placed.by_axis
+        self._means, self._spreads = placed.axes(cache.means), placed.axes(cache.spreads)
         self._tickets = torch.zeros(heads, dtype=torch.int32, device=device)
         self._parts = torch.empty(heads, self._splits, cache.per, cache.width, device=device)
         self._sums = torch.empty(heads, self._splits, 2, cache.per, device=device)
-        cache.found[:, 8:] = 0  # where this step counts what `found` will be
-        cache.counts[:, 1:] = 0
         chosen = settings(
             cache.width, cache.per, planes, warps, stages, cache.draws, cache.tokens.page, shared_limit(device)
         ) | {"BF16": int(cache.keys.dtype == torch.bfloat16)}  # fmt: skip
@@ -88,10 +74,9 @@ class Step:
         """Whether this launch has a form for the cache, on this device."""
         planes, device = cache.planes, cache.keys.device
         whole = planes.nibbles % 16 == 0 and (planes.row - planes.nibbles) % 8 == 0
-        if device.type != "cuda" or not whole or cache.per > 8 or torch.cuda.get_device_capability(device) < (9, 0):
+        if device.type != "cuda" or not whole or cache.per > 8 or properties(device).major < 9 or not compiles():
             return False
-        there = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
-        return there and shared_bytes(cache.width, cache.per, planes, 8, 2) <= shared_limit(device)
+        return shared_bytes(cache.width, cache.per, planes, 8, 2) <= shared_limit(device)
 
     def __call__(self, q: torch.Tensor, output: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
         """As `SampledCache.attend`, or as `SampledCache.step` with a token."""
@@ -119,10 +104,21 @@ class Step:
         self._kernels[k is not None]((self._splits, cache.batch * cache.groups), 32 * self._warps, arguments)
 
 
+@functools.cache
+def compiles() -> bool:
+    """Whether cuda-bindings is there."""
+    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+
+
+@functools.cache
+def properties(device: torch.device) -> Any:
+    """Of a GPU; stubs lack some of them."""
+    return torch.cuda.get_device_properties(device)
+
+
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
-    found: Any = torch.cuda.get_device_properties(device)  # whose stubs lack it
-    return int(found.shared_memory_per_block_optin)
+    return int(properties(device).shared_memory_per_block_optin)
 
 
 def shared_bytes(width: int, per: int, planes: Planes, warps: int, stages: int) -> int:

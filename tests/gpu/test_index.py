@@ -15,15 +15,9 @@ from gpu.index import CudaIndex  # noqa: E402
 from gpu.int8_codes import Int8Codes  # noqa: E402
 from hsr import ArgumentError, HSRIndex  # noqa: E402
 from tests.assertions import assert_reports  # noqa: E402
+from tests.gpu.interpreted import DTYPES, HERE, normal, pytestmark  # noqa: E402, F401
 from tests.strategies import cases  # noqa: E402
 
-pytestmark = [  # of the interpreter: numpy computes masked lanes too, and takes arrays of one element for scalars
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
-
-HERE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.gpu)]
 WIDTHS = (1, 5, 17, 40, 69)  # few, for each is a compilation on a GPU
 EXAMPLES = 60  # a third of a second each under the interpreter
 
@@ -34,10 +28,6 @@ def tensor(array, dtype=None):
     wide = torch.empty(*found.shape[:-1], 2 * found.shape[-1], dtype=dtype or found.dtype, device=HERE)
     wide[..., ::2] = found.to(wide.dtype)
     return wide[..., ::2]  # not contiguous
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(HERE)
 
 
 def plain(array):

@@ -17,18 +17,7 @@ from gpu import relu  # noqa: E402
 from gpu.relu import ReluSession  # noqa: E402
 from hsr import ArgumentError, BackendUnavailable  # noqa: E402
 from hsr.backend import preferred  # noqa: E402
-
-pytestmark = [  # of the interpreter: numpy computes masked lanes too, and takes arrays of one element for scalars
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
-
-HERE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.gpu)]
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(HERE)
+from tests.gpu.interpreted import DTYPES, HERE, normal, pytestmark  # noqa: E402, F401
 
 
 def session(k, v, alpha=1, b=0.0, scale=None):

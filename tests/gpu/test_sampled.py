@@ -19,14 +19,9 @@ from gpu.sampled import SampledCache as Cache  # noqa: E402
 from hsr.backend import choose  # noqa: E402
 from hsr.errors import ArgumentError, BackendUnavailable  # noqa: E402
 from hsr.lifted_numba import generators, number  # noqa: E402
-
-pytestmark = [  # of the interpreter: numpy computes masked lanes too, and takes arrays of one element for scalars
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-]
+from tests.gpu.interpreted import HERE, pytestmark  # noqa: E402, F401
 
 SampledCache = functools.partial(Cache, tuning=Tuning(single=False))
-HERE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
 ALL = 1e7  # a budget beyond all keys
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}

@@ -17,7 +17,8 @@ from gpu import spread  # noqa: E402
 from gpu.launches import Tuning  # noqa: E402
 from gpu.sampled import Draws, SampledCache  # noqa: E402
 from gpu.session import CudaSession  # noqa: E402
-from tests.gpu.test_sampled import ALL, HERE, exact, inputs, pytestmark  # noqa: E402, F401
+from tests.gpu.interpreted import HERE, pytestmark  # noqa: E402, F401
+from tests.gpu.test_sampled import ALL, exact, inputs  # noqa: E402
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
@@ -75,6 +76,7 @@ def test_nothing_is_in_doubt_where_every_key_was_read():
     output = torch.empty_like(q)
     cache.attend(q, output)
     found = spread.spread(cache, q, output)
+    assert not found.whole.any()  # all were drawn, each with certainty
     assert (found.square == 0).all()
     assert (found.variance == 0).all()
     cache = SampledCache(k, v, 4, Draws(40.0), 0.125, tuning=Tuning(single=False))
@@ -82,7 +84,11 @@ def test_nothing_is_in_doubt_where_every_key_was_read():
     cache.rho.fill_(12.0)
     cache.attend(q, output)
     assert cache.status[:, 2].eq(1).all()  # starved, so all keys were read
-    assert (spread.spread(cache, q, output).square == 0).all()
+    found = spread.spread(cache, q, output)
+    assert found.whole.all()
+    assert (found.square == 0).all()
+    spread.adjust(cache, found, 0.1)
+    assert (cache.budget == 40).all()  # nothing was learnt
 
 
 def test_budgets_follow_an_error_target():

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from gpu import planes  # noqa: E402
 from gpu.launches import Tuning  # noqa: E402
 from gpu.sampled import Draws, SampledCache  # noqa: E402
-from gpu.step import Step, axes, settings, shared_bytes  # noqa: E402
+from gpu.step import Step, settings, shared_bytes  # noqa: E402
 from tests.gpu.test_sampled import ALL, assert_exact, assert_unbiased, attend, exact, inputs  # noqa: E402
 
 GPU = pytest.mark.gpu
@@ -32,7 +32,7 @@ def test_axes_are_the_planes_without_their_empty_columns(row):
     found = fitted(row)
     assert (found.nibbles % 16, (found.row - found.nibbles) % 8) == (0, 0)  # whole products
     numbered = np.arange(found.half.size).reshape(found.half.shape).astype(np.float32)
-    kept = axes(torch.from_numpy(numbered), found).numpy()
+    kept = found.on(torch.device("cpu")).axes(torch.from_numpy(numbered)).numpy()
     assert len(kept) == 2 * found.nibbles + 4 * (found.row - found.nibbles)
     left_out = np.setdiff1d(numbered.ravel(), kept)
     assert (found.top.ravel()[left_out.astype(int)] == 0).all()

@@ -12,7 +12,8 @@ from gpu.launches import Tuning  # noqa: E402
 from gpu.sampled import Draws, SampledCache  # noqa: E402
 from gpu.tokens import Tokens  # noqa: E402
 from hsr.errors import ArgumentError  # noqa: E402
-from tests.gpu.test_sampled import ALL, HERE, assert_exact, exact, inputs, pytestmark  # noqa: E402, F401
+from tests.gpu.interpreted import HERE, pytestmark  # noqa: E402, F401
+from tests.gpu.test_sampled import ALL, assert_exact, exact, inputs  # noqa: E402
 
 FOUR = Tuning(single=False)
 
