@@ -18,13 +18,14 @@ import triton.language as tl
 
 from attention.key_lists import KEYS, ROWS, KeyLists, budget, budgets, edges, row_blocks
 from gpu.codes import LOG2E, mixed
-from gpu.sampled import _seeds as seeds
+from gpu.sampled import seed_word
 
 LN2 = tl.constexpr(0.6931471805599453)
 LEVELS = tl.constexpr(256)  # codes
 MIDDLE = tl.constexpr(223)  # the code of importance 1
 EIGHTHS = tl.constexpr(8.0)  # steps of an octave
 UNIT = tl.constexpr(24)  # chances are multiples of 2 ** -UNIT
+ONE = tl.constexpr(2.0**24)
 FARTHEST = tl.constexpr(32.0)  # a value's distance counts within 2 ** (+-FARTHEST / EIGHTHS) of the typical one
 
 
@@ -51,7 +52,7 @@ def pool(
     typical = tl.sum(tl.where(o < near, tl.sum((first - centre[None, :]) * (first - centre[None, :]), 1), 0.0), 0) / near
     v = tl.load(v_base + j.to(tl.int64)[:, None] * v_n + e[None, :], mask=j[:, None] < keys, other=0.0).to(tl.float32)
     square = tl.sum((v - centre[None, :]) * (v - centre[None, :]), 1)
-    octaves = 0.5 * EIGHTHS * (tl.log2(tl.maximum(square, 1e-38)) - tl.log2(tl.maximum(typical, 1e-38)))
+    octaves = (tl.log2(tl.maximum(square, 1e-38)) - tl.log2(tl.maximum(typical, 1e-38))) * (EIGHTHS / 2)
     far = tl.where(typical > 0, tl.minimum(tl.maximum(tl.floor(octaves + 0.5), -FARTHEST), FARTHEST), 0.0)
     tl.store(FAR + head * keys + j, far.to(tl.int8), mask=j < keys)
     if (block + 1) * KEYS <= keys:
@@ -163,7 +164,7 @@ def code(
         share = tl.load(SHARES + (head * (keys // KEYS) + first // KEYS) * lines + line, mask=line < lines, other=0.0)
         x = tl.sqrt(tl.sum(tl.reshape(square, (KEYS, LINES, R)), 2) / R) + share[None, :]
         far = tl.load(far_base + j).to(tl.float32)
-        found = tl.floor(EIGHTHS * tl.log2(tl.maximum(x, 1e-37))) + far[:, None] + MIDDLE
+        found = tl.floor(tl.log2(tl.maximum(x, 1e-37)) * EIGHTHS) + far[:, None] + MIDDLE
         found = tl.minimum(tl.maximum(found, 0.0), LEVELS - 1.0).to(tl.uint8)
         to = CODES + (head * lines + line)[None, :] * room + j[:, None]
         tl.store(to, found, mask=(line[None, :] < lines) & (first < edge[None, :]))
@@ -203,14 +204,13 @@ def threshold(HISTOGRAMS, BUDGETS, CHANCES):
     S = tl.sum(tl.where(c < first, weight, 0.0), 0)
     left = budget - tl.sum(tl.where(c >= first, many, 0.0), 0)
     ratio = tl.where(first > 0, value * (left / tl.maximum(S, 1e-300)), 1.0)  # 2 ** ((c - t) / EIGHTHS)
-    one = (1 << UNIT) * 1.0
-    chance = tl.minimum(tl.maximum(tl.floor(ratio * one + 0.5), 1.0), one)
-    chance = tl.where(c >= first, one, chance)
+    chance = tl.minimum(tl.maximum(tl.floor(ratio * ONE + 0.5), 1.0), ONE)
+    chance = tl.where(c >= first, ONE, chance)
     tl.store(CHANCES + at * LEVELS + c, chance.to(tl.int32))
 
 
-@triton.jit
-def size(HISTOGRAMS, CHANCES, SEEDS, STARTS, LENGTHS, lines, tables):
+@triton.jit(do_not_specialize=["seed"])
+def size(HISTOGRAMS, CHANCES, STARTS, LENGTHS, seed, first_head, lines, tables):
     """Grid (lines, heads at work): STARTS (heads at work, lines) int32, where a draw begins within a unit; LENGTHS (heads at work,
     lines) int64, the keys that it will list.  A head has ``tables`` of chances, one or one per line."""
     line = tl.program_id(0)
@@ -219,8 +219,8 @@ def size(HISTOGRAMS, CHANCES, SEEDS, STARTS, LENGTHS, lines, tables):
     table = head * tables + tl.where(tables > 1, line, 0)
     many = tl.load(HISTOGRAMS + (head * lines + line) * LEVELS + c).to(tl.int64)
     all = tl.sum(many * tl.load(CHANCES + table * LEVELS + c), 0)
-    seed = tl.load(SEEDS + head).to(tl.uint32)
-    start = (mixed(seed ^ mixed(line.to(tl.uint32) + 0x9E3779B9)) >> 8).to(tl.int32)
+    own = mixed(seed.to(tl.uint32) ^ mixed((first_head + head).to(tl.uint32) + 0x9E3779B9))
+    start = (mixed(own ^ mixed(line.to(tl.uint32) + 0x9E3779B9)) >> 8).to(tl.int32)
     tl.store(STARTS + head * lines + line, start)
     tl.store(LENGTHS + head * lines + line, (start + all) >> UNIT)
 
@@ -251,7 +251,7 @@ def draw(
         to = start + place - 1
         fits = taken & (to < capacity)
         tl.store(TOKENS + to, j, mask=fits)
-        tl.store(LOG_WEIGHTS + to, (UNIT - tl.log2(chance.to(tl.float32))) * LN2, mask=fits)
+        tl.store(LOG_WEIGHTS + to, -(tl.log2(chance.to(tl.float32)) - UNIT) * LN2, mask=fits)
         carry += tl.sum(chance.to(tl.int64), 0)
 
 
@@ -305,11 +305,10 @@ def key_lists(
     weights = torch.empty(max(capacity, 1), dtype=torch.float32, device=device)
     if room == 0:
         return KeyLists(offsets, tokens, weights)
-    starts = torch.from_numpy(seeds(seed, heads)).to(device)
     slab = max(BYTES // (T * room), 1)
     for first in range(0, heads, slab):
         many = min(slab, heads - first)
-        drawn = plan.drawn(first, many, spend, starts[first : first + many])
+        drawn = plan.drawn(first, many, spend, seed_word(seed))
         own = offsets[first * T : (first + many) * T + 1]  # begins where the heads before end
         own[1:] = own[0] + drawn.lengths.flatten().cumsum(0)
         if causal_selection:
@@ -352,7 +351,7 @@ class _Plan:
             num_warps=8,
         )  # fmt: skip
 
-    def drawn(self, first: int, many: int, spend: torch.Tensor, seeds: torch.Tensor) -> _Drawn:
+    def drawn(self, first: int, many: int, spend: torch.Tensor, seed: int) -> _Drawn:
         """Codes, thresholds and lengths of heads first .. first + many."""
         q, k, T, room, R = self._q, self._k, self._T, self._room, self._rows
         h, m, d = q.shape[1:]
@@ -379,7 +378,7 @@ class _Plan:
         chances = new(*summed.shape, dtype=torch.int32)
         threshold[(summed[..., 0].numel(),)](summed, spend.expand(many, -1).contiguous(), chances, num_warps=4)
         starts, lengths = new(many, T, dtype=torch.int32), new(many, T, dtype=torch.int64)
-        size[(T, many)](counts, chances, seeds, starts, lengths, T, summed.shape[1], num_warps=4)
+        size[(T, many)](counts, chances, starts, lengths, seed, first, T, summed.shape[1], num_warps=4)
         return _Drawn(codes, chances, starts, lengths, n - m)
 
 

@@ -282,7 +282,7 @@ class SampledCache:
         self.lse = new(self.batch, self.groups * per)
         self._list()
         prepare.begin[(heads,)](
-            self.seeds, self.counts, self.found, self.rho, self.trim, self.budget, _seed(self.draws.seed),
+            self.seeds, self.counts, self.found, self.rho, self.trim, self.budget, seed_word(self.draws.seed),
             float(budget), self.padded, num_warps=1,
         )  # fmt: skip
 
@@ -352,7 +352,7 @@ def _lengths(sizes: np.ndarray, groups: int, device: torch.device) -> torch.Tens
     return torch.from_numpy(np.repeat(sizes, groups).astype(np.int32)).to(device)
 
 
-def _seed(seed: int) -> int:
+def seed_word(seed: int) -> int:
     """The part of `hsr.lifted_numba.generators` that all heads share: int32."""
     mix = mixed(np.uint32(seed & 0xFFFFFFFF) ^ mixed(np.uint32(seed >> 32) + np.uint32(1)))
     return int(np.uint32(mix).view(np.int32))
