@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from attention.key_lists import KEYS, ROWS, KeyLists, budget, budgets, edges, row_blocks
+from gpu import hopper
 from gpu.codes import LOG2E, mixed
 from gpu.sampled import seed_word
 
@@ -34,7 +35,7 @@ def pool(
     K, V, MEANS, FAR, k_b, k_h, k_n, v_b, v_h, v_n, keys, groups, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
     """Grid (blocks of KEYS keys, B * groups): MEANS (B * groups, keys // KEYS, D), mean keys of whole blocks in K's
-    dtype; FAR (B * groups, keys) int8, every value's distance from the first block's mean, in eighths of octaves of
+    dtype; FAR (B * groups, keys up to whole blocks) int8, every value's distance from the first block's mean, in eighths of octaves of
     what is typical there."""
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -54,7 +55,7 @@ def pool(
     square = tl.sum((v - centre[None, :]) * (v - centre[None, :]), 1)
     octaves = (tl.log2(tl.maximum(square, 1e-38)) - tl.log2(tl.maximum(typical, 1e-38))) * (EIGHTHS / 2)
     far = tl.where(typical > 0, tl.minimum(tl.maximum(tl.floor(octaves + 0.5), -FARTHEST), FARTHEST), 0.0)
-    tl.store(FAR + head * keys + j, far.to(tl.int8), mask=j < keys)
+    tl.store(FAR + head * (tl.num_programs(0) * KEYS) + j, far.to(tl.int8))
     if (block + 1) * KEYS <= keys:
         k = tl.load(K + batch * k_b + inner * k_h + j.to(tl.int64)[:, None] * k_n + d[None, :]).to(tl.float32)
         mean = tl.sum(k, 0) / KEYS
@@ -153,7 +154,7 @@ def code(
     q = tl.load(Q + batch * q_b + inner * q_h + row.to(tl.int64)[:, None] * q_m + d[None, :])
     log = tl.load(SUMS + (head * lines + of) * R + c % R, mask=here, other=float("inf"))
     k_base = K + batch * k_b + (inner // G) * k_h
-    far_base = FAR + (batch * (heads // G) + inner // G) * keys
+    far_base = FAR + (batch * (heads // G) + inner // G) * (tl.cdiv(keys, KEYS) * KEYS)
     factor = scale * LOG2E
     most = tl.max(tl.where(line < lines, edge, 0), 0)
     for first in tl.range(0, most, KEYS, num_stages=STAGES):
@@ -330,6 +331,9 @@ class _Drawn:
     def into(self, offsets: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor) -> None:
         """Write the lists from their offsets (heads T + 1,) on."""
         heads, T, room = self.codes.shape
+        if self.codes.is_cuda and hopper.present():
+            hopper.draw(self.codes, self.chances, self.starts, offsets, tokens, weights, self.shift)
+            return
         draw[(T, heads)](
             self.codes, self.chances, self.starts, offsets, tokens, weights, self.shift, T, room, self.chances.shape[1],
             len(tokens), ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4,
@@ -345,7 +349,7 @@ class _Plan:
         B, g, n, d = k.shape
         self._q, self._k, self._rows, self._causal, self._scale, self._T, self._room = q, k, rows, causal, scale, T, room
         self._means = torch.empty(B * g, n // KEYS, d, dtype=k.dtype, device=k.device)
-        self._far = torch.empty(B * g, n, dtype=torch.int8, device=k.device)
+        self._far = torch.empty(B * g, triton.cdiv(n, KEYS) * KEYS, dtype=torch.int8, device=k.device)
         pool[(triton.cdiv(n, KEYS), B * g)](
             k, v, self._means, self._far, *k.stride()[:3], *v.stride()[:3], n, g, D=d, DV=v.shape[3], KEYS=KEYS,
             num_warps=8,
@@ -367,19 +371,32 @@ class _Plan:
             q, k, self._means, sums, shares, *strides, m, n, h, first, T, self._scale, M=max(R, 16), num_warps=4, **common
         )
         codes = new(many, T, room, dtype=torch.uint8)
-        lines = COLUMNS // R
-        code[(triton.cdiv(T, lines), many)](
-            q, k, sums, shares, self._far, codes, *strides, m, n, h, first, T, room, self._scale, LINES=lines, STAGES=3,
-            num_warps=8, **common,
-        )  # fmt: skip
+        self._code(sums, shares, codes, first)
         counts = new(many, T, 256, dtype=torch.int32)
-        count[(T, many)](codes, counts, n - m, T, room, ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4)
+        if codes.is_cuda and hopper.present():
+            hopper.count(codes, counts, n - m)
+        else:
+            count[(T, many)](codes, counts, n - m, T, room, ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4)
         summed = counts.double().cumsum(1) if self._causal else counts.sum(1, keepdim=True, dtype=torch.float64)
         chances = new(*summed.shape, dtype=torch.int32)
         threshold[(summed[..., 0].numel(),)](summed, spend.expand(many, -1).contiguous(), chances, num_warps=4)
         starts, lengths = new(many, T, dtype=torch.int32), new(many, T, dtype=torch.int64)
         size[(T, many)](counts, chances, starts, lengths, seed, first, T, summed.shape[1], num_warps=4)
         return _Drawn(codes, chances, starts, lengths, n - m)
+
+    def _code(self, sums: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, first: int) -> None:
+        q, k, R = self._q, self._k, self._rows
+        if hopper.serves(q, k, k):
+            hopper.importance(q, k, sums, shares, self._far, codes, first, self._causal, self._scale)
+            return
+        h, m, d = q.shape[1:]
+        g, n = k.shape[1:3]
+        many, T, room = codes.shape
+        lines = COLUMNS // R
+        code[(triton.cdiv(T, lines), many)](
+            q, k, sums, shares, self._far, codes, *q.stride()[:3], *k.stride()[:3], m, n, h, first, T, room, self._scale,
+            G=h // g, D=d, R=R, LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal, STAGES=3, num_warps=8,
+        )  # fmt: skip
 
 
 def _grown(part: torch.Tensor, size: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -43,8 +44,11 @@ def machine_code(name: str, settings: Mapping[str, int], architecture: str) -> b
     Raises:
         BackendUnavailable: the compiler refuses; the message has its log.
     """
-    source = Path(__file__).with_name(name).read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], []))
+    source = Path(__file__).with_name(name).read_text()
+    headers = re.findall(r'^#include "(.+)"', source, re.MULTILINE)
+    texts = [Path(__file__).with_name(header).read_bytes() for header in headers]
+    named = [header.encode() for header in headers]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), len(headers), texts, named))
     options = [f"--gpu-architecture={architecture}", *OPTIONS]
     options += [f"-D{key}={value}" for key, value in settings.items()]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])

@@ -6,21 +6,7 @@
 //
 // Compiled with: D width of keys and values (64 or 128), BF16, TOKENS, BLOCKS, MEANS: which lists there are, STAGES.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-typedef unsigned char u8;
-typedef unsigned short u16;
-
-constexpr int ROWS = 128, KEYS = 128;
-constexpr int TILE = KEYS * D * 2;           // bytes of a tile
-constexpr int HALVES = D / 64;               // parts of a row of 128 bytes
-constexpr int CHUNKS = D / 8;                // 16-byte pieces of a row
-constexpr int ONCE = 32 / CHUNKS;            // rows that a warp asks for at once
-constexpr int PASSES = ROWS / (4 * ONCE);
-constexpr int BATCH = 4;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-#define INF __int_as_float(0x7F800000)
+#include "hopper.cuh"
 
 struct Arguments {
   const u16 *q, *k, *v, *mean_k, *mean_v; u16 *output; float *lse;
@@ -43,61 +29,6 @@ struct Shared {
   alignas(8) u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared) + 1024;
-
-__device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void initialise(u64 &b, int count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(&b)), "r"(count) : "memory"); }
-__device__ __forceinline__ void arrive(u64 &b) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address(&b)) : "memory"); }
-__device__ __forceinline__ void arrive_copied(u64 &b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(&b)) : "memory"); }
-__device__ __forceinline__ void await(u64 &b, int parity) {
-  asm volatile("{.reg .pred p; wait: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @p bra done; bra wait; done: }" ::"r"(address(&b)), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void copy16(u32 to, const void *from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 y;
-  if (BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-// Where a row's 16-byte piece lies in a tile: halves of 128-byte rows, pieces exchanged by the row's last three bits.
-__device__ __forceinline__ u32 piece(int row, int chunk) { return (chunk >> 3) * (ROWS * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4); }
-
-// A wgmma descriptor of a tile: 128-byte swizzle, 1024 bytes from eight rows to the next, 16 KiB from half to half.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-  return (u64)((at & 0x3FFFF) >> 4) | (u64)((ROWS * 128) >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-#define F8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), "+f"(x[i + 7])
-#if BF16
-#define KIND "f32.bf16.bf16"
-#else
-#define KIND "f32.f16.f16"
-#endif
-// c (64, 128 or 64) += a (64, 16) b; TRANSPOSED: b is (16, N) by rows, else (N, 16) by rows.
-template <int TRANSPOSED> __device__ __forceinline__ void product(float (&c)[64], const u32 (&a)[4], u64 b, int add) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16." KIND
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
-      " {%64,%65,%66,%67}, %68, p, 1, 1, %70;}"
-      : F8(c, 0), F8(c, 8), F8(c, 16), F8(c, 24), F8(c, 32), F8(c, 40), F8(c, 48), F8(c, 56)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANSPOSED));
-}
-template <int TRANSPOSED> __device__ __forceinline__ void product(float (&c)[32], const u32 (&a)[4], u64 b, int add) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16." KIND
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-      " {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
-      : F8(c, 0), F8(c, 8), F8(c, 16), F8(c, 24)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANSPOSED));
-}
-template <int N> __device__ __forceinline__ void pinned(float (&c)[N]) {  // in these registers from here on
-  #pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
-}
-__device__ __forceinline__ void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void finish() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-__device__ __forceinline__ void see_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A block of rows of a head, and the tiles that it attends to: the band, tokens, blocks, means.
 struct Item {
@@ -128,20 +59,8 @@ struct Item {
 };
 
 __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, chunk = lane % CHUNKS;
-  const int listed = ONCE * warp + lane % ONCE + 4 * ONCE * (lane / ONCE);  // the row whose index this lane knows
-  const u32 own = piece(ONCE * warp + lane / CHUNKS, chunk);  // in every pass alike: passes are whole eights of rows
-  auto gather = [&](u32 to, const u8 *from, u32 bytes, int index) {  // rows that the warp's lanes name; a few at a time, so that
-    #pragma unroll                                                   // none waits for the one before
-    for (int some = 0; some < PASSES; some += BATCH) {
-      u64 at[BATCH];
-      #pragma unroll
-      for (int i = 0; i < BATCH; i++) at[i] = (u64)from + (u64)(u32)__shfl_sync(~0u, index, ONCE * (some + i) + lane / CHUNKS) * bytes;
-      #pragma unroll
-      for (int i = 0; i < BATCH; i++)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + (some + i) * 4 * ONCE * 128), "l"(at[i]) : "memory");
-    }
-  };
+  const int thread = threadIdx.x;
+  const Gather gather(thread);
   int round = 0;
   for (int turn = 0;; turn++) {
     await(s.q_empty, (turn & 1) ^ 1);
@@ -155,11 +74,7 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
     }
     const Item item(a, taken);
     const u16 *queries = a.q + item.batch * a.q_b + item.inner * a.q_h;
-    #pragma unroll 4
-    for (int pass = 0; pass < PASSES; pass++) {
-      const int row = 4 * ONCE * pass + ONCE * warp + lane / CHUNKS, i = item.first + row;
-      copy16(address(s.q) + piece(row, chunk), queries + min(i, item.many - 1) * a.q_m + 8 * chunk, i < item.many ? 16 : 0);
-    }
+    gather(address(s.q), queries, 2 * (u32)a.q_m, min(item.first + gather.listed, a.rows - 1));  // rows beyond are not stored
     arrive_copied(s.q_full);
     if (thread == 0) arrive(s.q_full);
 
@@ -167,26 +82,26 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
     const int tiles = item.tiles();
     auto index = [&](int tile) {
       int t = tile;
-      if (t < item.banded) return min(item.edge + KEYS * t + listed, item.end - 1);
+      if (t < item.banded) return min(item.edge + KEYS * t + gather.listed, item.end - 1);
       t -= item.banded;
-      if (TOKENS && t < item.tokened) return KEYS * t + listed < item.count ? a.tokens[item.token + KEYS * t + listed] : 0;
+      if (TOKENS && t < item.tokened) return KEYS * t + gather.listed < item.count ? a.tokens[item.token + KEYS * t + gather.listed] : 0;
       t -= item.tokened;
-      if (BLOCKS && t < item.blocked) return a.blocks[item.block + t] * KEYS + listed;
+      if (BLOCKS && t < item.blocked) return a.blocks[item.block + t] * KEYS + gather.listed;
       t -= item.blocked;
-      return MEANS && t < item.meaned && KEYS * t + listed < item.mean_count ? a.means[item.mean + KEYS * t + listed] : 0;
+      return MEANS && t < item.meaned && KEYS * t + gather.listed < item.mean_count ? a.means[item.mean + KEYS * t + gather.listed] : 0;
     };
     int next = index(0);
     for (int tile = 0; tile < tiles; tile++, round++) {
       const int mine = next, stage = round % STAGES, parity = (round / STAGES & 1) ^ 1;
       next = index(tile + 1);
-      const u16 *k = keys + 8 * chunk, *v = values + 8 * chunk;
+      const u16 *k = keys, *v = values;
       u32 k_n = 2 * (u32)a.k_n, v_n = 2 * (u32)a.v_n;  // bytes
       if (MEANS && tile >= item.banded + item.tokened + item.blocked) {
         const i64 from = ((i64)item.batch * (a.heads / a.groups) + item.inner / a.groups) * (a.keys / KEYS) * D;
-        k = a.mean_k + from + 8 * chunk, v = a.mean_v + from + 8 * chunk, k_n = v_n = 2 * D;
+        k = a.mean_k + from, v = a.mean_v + from, k_n = v_n = 2 * D;
       }
       await(s.k_empty[stage], parity);
-      gather(address(s.k[stage]) + own, (const u8 *)k, k_n, mine);
+      gather(address(s.k[stage]), k, k_n, mine);
       if (TOKENS && tile >= item.banded && tile < item.banded + item.tokened) {
         const int t = KEYS * (tile - item.banded) + thread;
         const int bytes = t < item.count ? 4 : 0;
@@ -194,7 +109,7 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
       }
       arrive_copied(s.k_full[stage]);
       await(s.v_empty[stage], parity);
-      gather(address(s.v[stage]) + own, (const u8 *)v, v_n, mine);
+      gather(address(s.v[stage]), v, v_n, mine);
       arrive_copied(s.v_full[stage]);
     }
   }

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from attention.key_lists import KEYS, ROWS, KeyLists, row_blocks
-from gpu import wgmma
+from gpu import hopper
 from gpu.codes import LOG2E
 from hsr.errors import ArgumentError
 
@@ -165,8 +165,8 @@ def attend(
     lists = KeyLists(**(vars(lists) | {"log_weights": weights}))
     means = (k, v) if lists.means is None else (block_means(k), block_means(v))
     q_sizes, k_sizes = sizes or (None, None)
-    if single and wgmma.serves(q, k, v):
-        wgmma.attend(q, k, v, lists, means, (q_sizes, k_sizes), scale, output, lse)
+    if single and hopper.serves(q, k, v):
+        hopper.attend(q, k, v, lists, means, (q_sizes, k_sizes), scale, output, lse)
         return output, lse
     tile, stages = TILES[d]
     spare = lse  # for pointers that are not read

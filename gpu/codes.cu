@@ -1,0 +1,97 @@
+// Counting codes of importance, and drawing keys by them: `count` and `draw` of `gpu.block_sampled` define both.
+//
+// grid (lines, heads), 128 threads, 16 codes a thread at a time.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+typedef unsigned char u8;
+
+constexpr int THREADS = 128, EACH = 16, TILE = THREADS * EACH, LEVELS = 256, UNIT = 24;
+constexpr int COPIES = 8;  // of a histogram, so that lanes that meet the same code seldom wait for each other
+constexpr float LN2 = 0.6931471805599453f;
+
+struct Arguments {
+  const u8 *codes;        // (heads, lines, room)
+  int *histograms;        // (heads, lines, LEVELS)
+  const int *chances;     // (heads, tables, LEVELS)
+  const int *starts;      // (heads, lines)
+  const i64 *offsets;     // (heads * lines + 1,)
+  int *tokens;
+  float *log_weights;
+  i64 capacity;
+  int shift, lines, room, tables;  // shift = n - m
+};
+extern "C" __constant__ int shared_bytes = 0;
+
+__device__ __forceinline__ int eligible(const Arguments &a) { return (a.shift + (int)blockIdx.x * 128) / 128 * 128; }
+__device__ __forceinline__ u32 code(const uint4 &c, int i) {
+  const u32 word = i < 4 ? c.x : i < 8 ? c.y : i < 12 ? c.z : c.w;
+  return word >> (8 * (i % 4)) & 0xFF;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) count(const __grid_constant__ Arguments a) {
+  __shared__ int found[LEVELS * COPIES];
+  const i64 line = (i64)blockIdx.y * a.lines + blockIdx.x;
+  const int thread = threadIdx.x, edge = eligible(a), copy = thread % COPIES;
+  for (int i = thread; i < LEVELS * COPIES; i += THREADS) found[i] = 0;
+  __syncthreads();
+  for (int first = EACH * thread; first < edge; first += TILE) {
+    const uint4 codes = *(const uint4 *)(a.codes + line * a.room + first);
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) atomicAdd(&found[code(codes, i) * COPIES + copy], 1);
+  }
+  __syncthreads();
+  for (int i = thread; i < LEVELS; i += THREADS) {
+    int sum = 0;
+    for (int j = 0; j < COPIES; j++) sum += found[i * COPIES + (j + thread) % COPIES];
+    a.histograms[line * LEVELS + i] = sum;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) draw(const __grid_constant__ Arguments a) {
+  __shared__ int table[LEVELS];
+  __shared__ i64 totals[2][THREADS / 32];
+  const i64 line = (i64)blockIdx.y * a.lines + blockIdx.x, start = a.offsets[line];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, edge = eligible(a);
+  for (int i = thread; i < LEVELS; i += THREADS) table[i] = a.chances[((i64)blockIdx.y * a.tables + (a.tables > 1 ? blockIdx.x : 0)) * LEVELS + i];
+  __syncthreads();
+  i64 carry = a.starts[line];
+  int turn = 0;
+  for (int tile = 0; tile < edge; tile += TILE, turn ^= 1) {
+    const int first = tile + EACH * thread;
+    const bool here = first < edge;
+    const uint4 codes = here ? *(const uint4 *)(a.codes + line * a.room + first) : make_uint4(0, 0, 0, 0);
+    int chance[EACH], sum = 0;
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) chance[i] = here ? table[code(codes, i)] : 0, sum += chance[i];
+    i64 upto = sum;  // of the warp's lanes up to this one
+    #pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+      const i64 other = __shfl_up_sync(~0u, upto, o);
+      if (lane >= o) upto += other;
+    }
+    if (lane == 31) totals[turn][warp] = upto;
+    __syncthreads();
+    i64 before = carry + upto - sum;
+    #pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) {
+      if (i < warp) before += totals[turn][i];
+      carry += totals[turn][i];
+    }
+    i64 place = start + (before >> UNIT);  // keys listed before
+    u32 part = (u32)before & ((1u << UNIT) - 1);
+    #pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      part += chance[i];
+      if (part >> UNIT) {
+        part -= 1u << UNIT;
+        if (place < a.capacity) {
+          a.tokens[place] = first + i;
+          a.log_weights[place] = (UNIT - __log2f((float)chance[i])) * LN2;
+        }
+        place++;
+      }
+    }
+  }
+}

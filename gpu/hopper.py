@@ -1,0 +1,159 @@
+"""The launches of CUDA C++ that sparse prefill has: `listed.cu`, `importance.cu` for Hopper's tensor cores, `codes.cu`.
+
+They do what the kernels of `gpu.listed` and `gpu.block_sampled` define, several times faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+
+import torch
+
+from attention.key_lists import KeyLists, row_blocks
+
+STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
+THREADS = 384  # of a program: one group that asks for tiles, two that multiply
+
+
+def _structure(pointers: str, wide: str, narrow: str, scaled: bool) -> type[ctypes.Structure]:
+    """A kernel's `Arguments`: pointers, 64-bit and 32-bit numbers, a scale."""
+    fields = [(name, ctypes.c_void_p) for name in pointers.split()]
+    fields += [(name, ctypes.c_int64) for name in wide.split()]
+    fields += [(name, ctypes.c_int) for name in narrow.split()]
+    fields += [("scale", ctypes.c_float)] * scaled
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+Listed = _structure(
+    "q k v mean_k mean_v output lse q_sizes k_sizes token_starts tokens log_weights block_starts blocks mean_starts "
+    "means counter",
+    "q_b q_h q_m k_b k_h k_n v_b v_h v_n o_b o_h o_m",
+    "rows keys heads groups lines all",
+    True,
+)
+Importance = _structure(
+    "q k sums shares far codes counter",
+    "q_b q_h q_m k_b k_h k_n",
+    "rows keys heads groups first_head many lines room",
+    True,
+)
+Codes = _structure(
+    "codes histograms chances starts offsets tokens log_weights", "capacity", "shift lines room tables", False
+)
+
+
+@cache
+def present() -> bool:
+    """Whether CUDA C++ can be compiled here."""
+    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a Hopper; 0 of anything else."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the tensor cores' kernels have a form for the tensors, on their device."""
+    whole = all(part.data_ptr() % 16 == 0 and not any(s % 8 for s in part.stride()[:3]) for part in (q, k, v))
+    return present() and _processors(q.device) > 0 and whole and k.shape[3] in STAGES and v.shape[3] == k.shape[3]
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _launch(
+    name: str, function: str, settings: dict[str, int], grid: tuple[int, int], threads: int, arguments: ctypes.Structure,
+    device: torch.device,
+) -> None:  # fmt: skip
+    from gpu import compiled  # only where cuda-bindings is
+
+    assert device.index is not None
+    compiled.kernel(name, function, tuple(settings.items()), device.index)(grid, threads, arguments)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: KeyLists,
+    means: tuple[torch.Tensor, torch.Tensor],
+    sizes: tuple[torch.Tensor | None, torch.Tensor | None],
+    scale: float,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """As `gpu.listed.attend`, into output and lse."""
+    B, h, m, d = q.shape
+    g, n = k.shape[1:3]
+    settings = {
+        "D": d,
+        "BF16": int(q.dtype == torch.bfloat16),
+        "TOKENS": int(lists.log_weights is not None),
+        "BLOCKS": int(lists.blocks is not None),
+        "MEANS": int(lists.means is not None),
+        "STAGES": STAGES[d],
+    }
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    tensors = (
+        q, k, v, *means, output, lse, *sizes, lists.token_offsets, lists.tokens, lists.log_weights,
+        lists.block_offsets, lists.blocks, lists.mean_offsets, lists.means, counter,
+    )  # fmt: skip
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *output.stride()[:3])
+    arguments = Listed(*map(_address, tensors), *strides, m, n, h, h // g, row_blocks(m), B * h, scale)
+    _launch("listed.cu", "listed", settings, (_processors(q.device), 1), THREADS, arguments, q.device)
+
+
+def importance(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    sums: torch.Tensor,
+    shares: torch.Tensor,
+    far: torch.Tensor,
+    codes: torch.Tensor,
+    first: int,
+    causal: bool,
+    scale: float,
+) -> None:
+    """As `gpu.block_sampled.code`, of heads from the first on, as many as there are codes for."""
+    h, m, d = q.shape[1:]
+    g, n = k.shape[1:3]
+    many, lines, room = codes.shape
+    settings = {"D": d, "BF16": int(q.dtype == torch.bfloat16), "R": sums.shape[2], "CAUSAL": int(causal), "STAGES": 4}
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    arguments = Importance(
+        *map(_address, (q, k, sums, shares, far, codes, counter)), *q.stride()[:3], *k.stride()[:3], m, n, h, h // g,
+        first, many, lines, room, scale,
+    )  # fmt: skip
+    _launch("importance.cu", "importance", settings, (_processors(q.device), 1), THREADS, arguments, q.device)
+
+
+def count(codes: torch.Tensor, histograms: torch.Tensor, shift: int) -> None:
+    """As `gpu.block_sampled.count`."""
+    many, lines, room = codes.shape
+    arguments = Codes(codes.data_ptr(), histograms.data_ptr(), *[None] * 5, 0, shift, lines, room, 0)
+    _launch("codes.cu", "count", {}, (lines, many), 128, arguments, codes.device)
+
+
+def draw(
+    codes: torch.Tensor,
+    chances: torch.Tensor,
+    starts: torch.Tensor,
+    offsets: torch.Tensor,
+    tokens: torch.Tensor,
+    weights: torch.Tensor,
+    shift: int,
+) -> None:
+    """As `gpu.block_sampled.draw`."""
+    many, lines, room = codes.shape
+    arguments = Codes(
+        codes.data_ptr(), None, *map(_address, (chances, starts, offsets, tokens, weights)), len(tokens), shift, lines,
+        room, chances.shape[1],
+    )  # fmt: skip
+    _launch("codes.cu", "draw", {}, (lines, many), 128, arguments, codes.device)

@@ -1,0 +1,186 @@
+// Codes of keys' importance to blocks of rows: `gpu.block_sampled.code` defines them, this is for sm_90.
+//
+// grid (multiprocessors,), 384 threads.  A producer group asks for tiles of 128 keys; two consumer groups score 64 keys
+// each against 128 representative rows, R of each of LINES blocks of rows, and write a byte per key and block.  The rows
+// lie in such an order that a thread of the product holds all R scores of a key for a block: nothing is exchanged.
+//
+// Compiled with: D (64 or 128), BF16, R representative rows (2, 4, 8 or 16), CAUSAL, STAGES.
+
+#include "hopper.cuh"
+
+constexpr int LINES = 128 / R;     // blocks of rows that a program takes at once
+constexpr int SLOTS = LINES / 4;   // of them, those whose scores a thread holds
+constexpr int CHUNK = 32;          // tiles of keys that a program takes at once
+
+struct Arguments {
+  const u16 *q, *k;
+  const float *sums, *shares;      // (many, lines, R) base-2 log-sums; (many, keys / 128, lines)
+  const signed char *far;          // (B * heads / groups, keys)
+  u8 *codes;                       // (many, lines, room)
+  int *counter;                    // zero
+  i64 q_b, q_h, q_m, k_b, k_h, k_n;
+  int rows, keys, heads, groups, first_head, many, lines, room;
+  float scale;
+};
+
+struct Shared {
+  alignas(1024) u8 k[STAGES][TILE];
+  alignas(1024) u8 q[TILE];
+  alignas(16) u8 out[2][LINES][KEYS + 16];
+  alignas(16) float share[STAGES][LINES];
+  alignas(16) signed char far[STAGES][KEYS];
+  int item;
+  alignas(8) u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES];
+};
+extern "C" __constant__ int shared_bytes = sizeof(Shared) + 1024;
+
+// Some tiles of keys of a head, and the blocks of rows that they are scored for.
+struct Item {
+  int local, head, line, first, stop, group;  // keys first .. stop
+  bool there;
+
+  __device__ __forceinline__ Item(const Arguments &a, int item) {
+    const int groups = (a.lines + LINES - 1) / LINES, chunks = (a.room + KEYS * CHUNK - 1) / (KEYS * CHUNK);
+    local = item / (groups * chunks);
+    there = local < a.many;
+    head = a.first_head + local;
+    group = groups - 1 - item % groups;
+    line = group * LINES;
+    first = item / groups % chunks * (KEYS * CHUNK);
+    const int last = min(line + LINES, a.lines) - 1;
+    stop = min((a.keys - a.rows + last * ROWS) / KEYS * KEYS, first + KEYS * CHUNK);
+  }
+  __device__ __forceinline__ int tiles() const { return max(stop - first, 0) / KEYS; }
+};
+
+// Where the representative row of a column of the product lies: row `of` of block `line`.
+__device__ __forceinline__ void column(int i, int &line, int &of) {
+  const int j = i / 8;
+  line = j / (R / 2) * 4 + i % 8 / 2, of = j % (R / 2) * 2 + i % 2;
+}
+
+__device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
+  const int thread = threadIdx.x;
+  const Gather gather(thread);
+  int round = 0;
+  for (int turn = 0;; turn++) {
+    await(s.q_empty, (turn & 1) ^ 1);
+    if (thread == 0) {
+      int item = atomicAdd(a.counter, 1);
+      while (Item(a, item).there && Item(a, item).tiles() == 0) item = atomicAdd(a.counter, 1);
+      s.item = item;
+    }
+    asm volatile("bar.sync 1, 128;" ::: "memory");
+    const Item item(a, s.item);
+    if (item.there) {
+      int line, of;
+      column(gather.listed, line, of);
+      line = min(item.line + line, a.lines - 1);
+      const int row = CAUSAL ? max(line * ROWS - of * (ROWS / R), 0) : min(line * ROWS + (2 * of + 1) * (ROWS / 2) / R, a.rows - 1);
+      gather(address(s.q), a.q + item.head / a.heads * a.q_b + item.head % a.heads * a.q_h, 2 * (u32)a.q_m, row);
+    }
+    arrive_copied(s.q_full);
+    if (thread == 0) arrive(s.q_full);
+    if (!item.there) return;
+
+    const u16 *keys = a.k + item.head / a.heads * a.k_b + item.head % a.heads / a.groups * a.k_h;
+    const float *shares = a.shares + (i64)item.local * (a.keys / KEYS) * a.lines + item.line;
+    const signed char *far = a.far + (i64)(item.head / a.groups) * a.keys;
+    for (int first = item.first; first < item.stop; first += KEYS, round++) {
+      const int stage = round % STAGES;
+      await(s.k_empty[stage], (round / STAGES & 1) ^ 1);
+      gather(address(s.k[stage]), keys, 2 * (u32)a.k_n, first + gather.listed);
+      if (thread < LINES) {
+        const int bytes = item.line + thread < a.lines ? 4 : 0;
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(&s.share[stage][thread])), "l"(shares + (i64)(first / KEYS) * a.lines + (bytes ? thread : 0)), "r"(bytes) : "memory");
+      }
+      if (thread < KEYS / 4)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address(&s.far[stage][4 * thread])), "l"(far + first + 4 * thread) : "memory");
+      arrive_copied(s.k_full[stage]);
+    }
+  }
+}
+
+__device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
+  const int thread = threadIdx.x - 128, group = thread / 128, warp = thread / 32 % 4, lane = thread % 32, r = lane / 4, c = lane % 4;
+  const int base = 64 * group + 16 * warp + r;  // a thread has keys base and base + 8
+  const float factor = 2.f * a.scale * LOG2E;
+  float score[64], twice[32];  // scores, and twice the log-sums of their columns
+  int round = 0;
+  for (int turn = 0;; turn++) {
+    await(s.q_full, turn & 1);
+    const Item item(a, s.item);
+    if (!item.there) return;
+    see_copies();
+    #pragma unroll
+    for (int i = 0; i < 32; i++) {
+      int line, of;
+      column(8 * (i / 2) + 2 * c + i % 2, line, of);
+      line += item.line;
+      twice[i] = line < a.lines ? 2.f * a.sums[((i64)item.local * a.lines + line) * R + of] : INF;
+    }
+    for (int first = item.first; first < item.stop; first += KEYS, round++) {
+      const int stage = round % STAGES;
+      await(s.k_full[stage], round / STAGES & 1);
+      see_copies();
+      pinned(score);
+      begin();
+      #pragma unroll
+      for (int i = 0; i < D / 16; i++) {
+        const u32 at = i / 4 * (ROWS * 128) + i % 4 * 32;
+        product(score, descriptor(address(s.k[stage]) + 8192 * group + at), descriptor(address(s.q) + at), i > 0);
+      }
+      commit();
+      float share[SLOTS];
+      #pragma unroll
+      for (int i = 0; i < SLOTS; i++) share[i] = s.share[stage][4 * i + c];
+      const float far[2] = {(float)s.far[stage][base] + 223.f, (float)s.far[stage][base + 8] + 223.f};
+      finish<0>();
+      pinned(score);
+      __syncwarp();
+      if (lane == 0) arrive(s.k_empty[stage]);
+      u8 (*out)[KEYS + 16] = s.out[round & 1];
+      #pragma unroll
+      for (int i = 0; i < SLOTS; i++)
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+          float square = 0.f;
+          #pragma unroll
+          for (int j = 0; j < R; j++) {
+            const int column = i * (R / 2) + j / 2;  // eights of columns
+            square += exp2_(fminf(fmaf(score[4 * column + 2 * h + j % 2], factor, -twice[2 * column + j % 2]), 0.f));
+          }
+          float x, code;
+          asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(square * (1.f / R)));
+          asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(code) : "f"(fmaxf(x + share[i], 1e-37f)));
+          out[4 * i + c][base + 8 * h] = (u8)(int)fminf(fmaxf(floorf(8.f * code) + far[h], 0.f), 255.f);
+        }
+      asm volatile("bar.sync 2, 256;" ::: "memory");
+      for (int i = thread; i < LINES * (KEYS / 16); i += 256) {
+        const int line = item.line + i / (KEYS / 16), part = i % (KEYS / 16) * 16;
+        if (line < a.lines && first < (a.keys - a.rows + line * ROWS) / KEYS * KEYS)
+          *(uint4 *)(a.codes + ((i64)item.local * a.lines + line) * a.room + first + part) = *(const uint4 *)&out[i / (KEYS / 16)][part];
+      }
+    }
+    __syncwarp();
+    if (lane == 0) arrive(s.q_empty);  // its products have ended
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) importance(const __grid_constant__ Arguments a) {
+  extern __shared__ u8 memory[];
+  Shared &s = *reinterpret_cast<Shared *>(((u64)memory + 1023) / 1024 * 1024);
+  if (threadIdx.x == 0) {
+    initialise(s.q_full, 129), initialise(s.q_empty, 8);
+    for (int i = 0; i < STAGES; i++) initialise(s.k_full[i], 128), initialise(s.k_empty[i], 8);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    produce(a, s);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    consume(a, s);
+  }
+}
