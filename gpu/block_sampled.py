@@ -83,52 +83,58 @@ def _joined(m, total, s):
 @triton.jit
 def normalise(
     Q, K, MEANS, SUMS, SHARES, q_b, q_h, q_m, k_b, k_h, k_n, rows, keys, heads, first_head, lines, scale,
-    G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (lines, heads at work): SUMS (heads at work, lines, R) float32, base-2 log-sums of the representative rows' weights;
-    exact over the first key block and over the band, from mean keys elsewhere.  SHARES (heads at work, keys // KEYS,
-    lines) float32: per key of an eligible block, the mean of the rows' shares of weight by its mean key."""
-    line = tl.program_id(0)
+    """Grid (groups of LINES lines, heads at work): SUMS (heads at work, lines, R) float32, base-2 log-sums of the
+    representative rows' weights; exact over the first key block and over the band, from mean keys elsewhere.  SHARES
+    (heads at work, keys // KEYS, lines) float32: per key of a block, the mean of the rows' shares of weight by its mean
+    key; written where the block is eligible."""
+    group = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)  # of those at work
     batch = (first_head + head) // heads
     inner = (first_head + head) % heads
-    r = tl.arange(0, M)
+    c = tl.arange(0, LINES * R)
     d = tl.arange(0, D)
     o = tl.arange(0, KEYS)
     shift = keys - rows
-    row = _representative(line, r, rows, R, ROWS, CAUSAL)
-    edge = (shift + line * ROWS) // KEYS * KEYS
+    of = group * LINES + c // R
+    row = tl.minimum(_representative(of, c % R, rows, R, ROWS, CAUSAL), rows - 1)
+    edge = (shift + of * ROWS) // KEYS * KEYS
     position = shift + row
-    q = tl.load(Q + batch * q_b + inner * q_h + row.to(tl.int64)[:, None] * q_m + d[None, :], mask=r[:, None] < R, other=0.0)
+    q = tl.load(Q + batch * q_b + inner * q_h + row.to(tl.int64)[:, None] * q_m + d[None, :])
     k_base = K + batch * k_b + (inner // G) * k_h
     factor = scale * LOG2E
-    m = tl.full((M,), -float("inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    begin = tl.where(edge >= KEYS, -KEYS, 0)  # the first key block, then the band
-    last = tl.max(tl.where(r < R, position, 0), 0)
-    for at in tl.range(begin, last + 1 - edge, KEYS):
-        j = tl.where(at < 0, 0, edge + at) + o
+    m = tl.full((LINES * R,), -float("inf"), tl.float32)
+    total = tl.zeros((LINES * R,), tl.float32)
+    begin = (shift + group * LINES * ROWS) // KEYS * KEYS
+    for at in tl.range(begin - KEYS, tl.max(position, 0) + 1, KEYS):
+        first = tl.where(at < begin, 0, at)  # the first key block, then the bands
+        j = first + o
         k = tl.load(k_base + j.to(tl.int64)[:, None] * k_n + d[None, :], mask=j[:, None] < keys, other=0.0)
         s = tl.dot(q, tl.trans(k)) * factor
-        s = tl.where((j[None, :] <= position[:, None]) | (at < 0), s, -float("inf"))
+        band = (j[None, :] >= edge[:, None]) & (j[None, :] <= position[:, None]) & (at >= begin)
+        s = tl.where(band | ((at < begin) & (edge >= KEYS)[:, None]), s, -float("inf"))
         m, total = _joined(m, total, s)
     whole = keys // KEYS
+    most = tl.max(edge, 0) // KEYS
     means = MEANS + (batch * (heads // G) + inner // G) * whole * D
-    for at in tl.range(0, edge // KEYS, KEYS):
+    for at in tl.range(0, most, KEYS):
         J = at + o
         mean = tl.load(means + J[:, None] * D + d[None, :], mask=J[:, None] < whole, other=0.0)
         s = tl.dot(q, tl.trans(mean)) * factor + tl.log2(KEYS * 1.0)
-        m, total = _joined(m, total, tl.where((J > 0) & (J < edge // KEYS), s, -float("inf")))
+        eligible = (J > 0)[None, :] & ((J + 1)[None, :] * KEYS <= edge[:, None])
+        m, total = _joined(m, total, tl.where(eligible, s, -float("inf")))
     log = m + tl.log2(total)
-    line_of = head * lines + line
-    tl.store(SUMS + line_of * R + r, log, mask=r < R)
-    for at in tl.range(0, edge // KEYS, KEYS):
+    tl.store(SUMS + (head * lines + of) * R + c % R, log, mask=of < lines)
+    line = group * LINES + tl.arange(0, LINES)
+    for at in tl.range(0, most, KEYS):
         J = at + o
         mean = tl.load(means + J[:, None] * D + d[None, :], mask=J[:, None] < whole, other=0.0)
         s = tl.dot(q, tl.trans(mean)) * factor + tl.log2(KEYS * 1.0) - log[:, None]
-        share = tl.sum(tl.where(r[:, None] < R, tl.exp2(tl.minimum(s, 0.0)), 0.0), 0) / (R * KEYS)
-        tl.store(SHARES + (head * whole + J) * lines + line, share, mask=J < edge // KEYS)
+        share = tl.sum(tl.reshape(tl.exp2(tl.minimum(s, 0.0)), (LINES, R, KEYS)), 1) / (R * KEYS)
+        to = SHARES + (head * whole + J)[None, :] * lines + line[:, None]
+        tl.store(to, share, mask=(J[None, :] < whole) & (line[:, None] < lines))
 
 
 @triton.jit
@@ -367,8 +373,9 @@ class _Plan:
         sums, shares = new(many, T, R, dtype=torch.float32), new(many, n // KEYS, T, dtype=torch.float32)
         common = {"G": h // g, "D": d, "R": R, "ROWS": ROWS, "KEYS": KEYS, "CAUSAL": self._causal}
         strides = (*q.stride()[:3], *k.stride()[:3])
-        normalise[(T, many)](
-            q, k, self._means, sums, shares, *strides, m, n, h, first, T, self._scale, M=max(R, 16), num_warps=4, **common
+        lines = max(16 // R, 1)
+        normalise[(triton.cdiv(T, lines), many)](
+            q, k, self._means, sums, shares, *strides, m, n, h, first, T, self._scale, LINES=lines, num_warps=4, **common
         )
         codes = new(many, T, room, dtype=torch.uint8)
         self._code(sums, shares, codes, first)

@@ -1,6 +1,6 @@
 // Counting codes of importance, and drawing keys by them: `count` and `draw` of `gpu.block_sampled` define both.
 //
-// grid (lines, heads), 128 threads, 16 codes a thread at a time.
+// 128 threads, 16 codes a thread at a time; grid (lines, heads) to count, (lines / 4, heads) to draw.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -49,36 +49,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(const __grid_constan
   }
 }
 
+// A warp draws a line, the longest first.
 extern "C" __global__ void __launch_bounds__(THREADS) draw(const __grid_constant__ Arguments a) {
-  __shared__ int table[LEVELS];
-  __shared__ i64 totals[2][THREADS / 32];
-  const i64 line = (i64)blockIdx.y * a.lines + blockIdx.x, start = a.offsets[line];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, edge = eligible(a);
-  for (int i = thread; i < LEVELS; i += THREADS) table[i] = a.chances[((i64)blockIdx.y * a.tables + (a.tables > 1 ? blockIdx.x : 0)) * LEVELS + i];
-  __syncthreads();
+  __shared__ int tables[THREADS / 32][LEVELS];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = a.lines - 1 - (int)(blockIdx.x * (THREADS / 32) + warp);
+  if (row < 0) return;
+  const i64 line = (i64)blockIdx.y * a.lines + row, start = a.offsets[line];
+  const int edge = (a.shift + row * 128) / 128 * 128;
+  int *table = tables[warp];
+  for (int i = lane; i < LEVELS; i += 32) table[i] = a.chances[((i64)blockIdx.y * a.tables + (a.tables > 1 ? row : 0)) * LEVELS + i];
+  __syncwarp();
+  const u8 *codes_of = a.codes + line * a.room + EACH * lane;
   i64 carry = a.starts[line];
-  int turn = 0;
-  for (int tile = 0; tile < edge; tile += TILE, turn ^= 1) {
-    const int first = tile + EACH * thread;
+  uint4 next = EACH * lane < edge ? *(const uint4 *)codes_of : make_uint4(0, 0, 0, 0);
+  for (int tile = 0; tile < edge; tile += 32 * EACH) {
+    const int first = tile + EACH * lane;
     const bool here = first < edge;
-    const uint4 codes = here ? *(const uint4 *)(a.codes + line * a.room + first) : make_uint4(0, 0, 0, 0);
+    const uint4 codes = next;
+    if (first + 32 * EACH < edge) next = *(const uint4 *)(codes_of + tile + 32 * EACH);
     int chance[EACH], sum = 0;
     #pragma unroll
     for (int i = 0; i < EACH; i++) chance[i] = here ? table[code(codes, i)] : 0, sum += chance[i];
-    i64 upto = sum;  // of the warp's lanes up to this one
+    i64 upto = sum;  // of the lanes up to this one
     #pragma unroll
     for (int o = 1; o < 32; o *= 2) {
       const i64 other = __shfl_up_sync(~0u, upto, o);
       if (lane >= o) upto += other;
     }
-    if (lane == 31) totals[turn][warp] = upto;
-    __syncthreads();
-    i64 before = carry + upto - sum;
-    #pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) {
-      if (i < warp) before += totals[turn][i];
-      carry += totals[turn][i];
-    }
+    const i64 before = carry + upto - sum;
+    carry += __shfl_sync(~0u, upto, 31);
     i64 place = start + (before >> UNIT);  // keys listed before
     u32 part = (u32)before & ((1u << UNIT) - 1);
     #pragma unroll

@@ -15,7 +15,7 @@ constexpr int CHUNK = 32;          // tiles of keys that a program takes at once
 struct Arguments {
   const u16 *q, *k;
   const float *sums, *shares;      // (many, lines, R) base-2 log-sums; (many, keys / 128, lines)
-  const signed char *far;          // (B * heads / groups, keys)
+  const signed char *far;          // (B * heads / groups, keys up to whole blocks)
   u8 *codes;                       // (many, lines, room)
   int *counter;                    // zero
   i64 q_b, q_h, q_m, k_b, k_h, k_n;
@@ -26,7 +26,7 @@ struct Arguments {
 struct Shared {
   alignas(1024) u8 k[STAGES][TILE];
   alignas(1024) u8 q[TILE];
-  alignas(16) u8 out[2][LINES][KEYS + 16];
+  alignas(16) u8 out[2][2][LINES][64 + 16];  // by group and turn
   alignas(16) float share[STAGES][LINES];
   alignas(16) signed char far[STAGES][KEYS];
   int item;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
 
     const u16 *keys = a.k + item.head / a.heads * a.k_b + item.head % a.heads / a.groups * a.k_h;
     const float *shares = a.shares + (i64)item.local * (a.keys / KEYS) * a.lines + item.line;
-    const signed char *far = a.far + (i64)(item.head / a.groups) * a.keys;
+    const signed char *far = a.far + (i64)(item.head / a.groups) * ((a.keys + KEYS - 1) / KEYS * KEYS);
     for (int first = item.first; first < item.stop; first += KEYS, round++) {
       const int stage = round % STAGES;
       await(s.k_empty[stage], (round / STAGES & 1) ^ 1);
@@ -105,7 +105,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
   const int thread = threadIdx.x - 128, group = thread / 128, warp = thread / 32 % 4, lane = thread % 32, r = lane / 4, c = lane % 4;
   const int base = 64 * group + 16 * warp + r;  // a thread has keys base and base + 8
   const float factor = 2.f * a.scale * LOG2E;
-  float score[64], twice[32];  // scores, and twice the log-sums of their columns
+  float even[64], odd[64], twice[32];  // scores of two tiles, and twice the log-sums of their columns
   int round = 0;
   for (int turn = 0;; turn++) {
     await(s.q_full, turn & 1);
@@ -119,27 +119,29 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
       line += item.line;
       twice[i] = line < a.lines ? 2.f * a.sums[((i64)item.local * a.lines + line) * R + of] : INF;
     }
-    for (int first = item.first; first < item.stop; first += KEYS, round++) {
-      const int stage = round % STAGES;
-      await(s.k_full[stage], round / STAGES & 1);
+    auto multiply = [&](float (&score)[64], int at) {
+      const int stage = at % STAGES;
+      await(s.k_full[stage], at / STAGES & 1);
       see_copies();
       pinned(score);
       begin();
       #pragma unroll
       for (int i = 0; i < D / 16; i++) {
-        const u32 at = i / 4 * (ROWS * 128) + i % 4 * 32;
-        product(score, descriptor(address(s.k[stage]) + 8192 * group + at), descriptor(address(s.q) + at), i > 0);
+        const u32 from = i / 4 * (ROWS * 128) + i % 4 * 32;
+        product(score, descriptor(address(s.k[stage]) + 8192 * group + from), descriptor(address(s.q) + from), i > 0);
       }
       commit();
+    };
+    auto write = [&](float (&score)[64], int at, int first) {  // what was multiplied; its keys may be forgotten
+      const int stage = at % STAGES;
+      pinned(score);
       float share[SLOTS];
       #pragma unroll
       for (int i = 0; i < SLOTS; i++) share[i] = s.share[stage][4 * i + c];
       const float far[2] = {(float)s.far[stage][base] + 223.f, (float)s.far[stage][base + 8] + 223.f};
-      finish<0>();
-      pinned(score);
       __syncwarp();
       if (lane == 0) arrive(s.k_empty[stage]);
-      u8 (*out)[KEYS + 16] = s.out[round & 1];
+      u8 (*out)[64 + 16] = s.out[group][at & 1];
       #pragma unroll
       for (int i = 0; i < SLOTS; i++)
         #pragma unroll
@@ -153,15 +155,32 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
           float x, code;
           asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(square * (1.f / R)));
           asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(code) : "f"(fmaxf(x + share[i], 1e-37f)));
-          out[4 * i + c][base + 8 * h] = (u8)(int)fminf(fmaxf(floorf(8.f * code) + far[h], 0.f), 255.f);
+          out[4 * i + c][16 * warp + r + 8 * h] = (u8)(int)fminf(fmaxf(floorf(8.f * code) + far[h], 0.f), 255.f);
         }
-      asm volatile("bar.sync 2, 256;" ::: "memory");
-      for (int i = thread; i < LINES * (KEYS / 16); i += 256) {
-        const int line = item.line + i / (KEYS / 16), part = i % (KEYS / 16) * 16;
+      asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+      for (int i = thread % 128; i < LINES * 4; i += 128) {
+        const int line = item.line + i / 4, part = i % 4 * 16;
         if (line < a.lines && first < (a.keys - a.rows + line * ROWS) / KEYS * KEYS)
-          *(uint4 *)(a.codes + ((i64)item.local * a.lines + line) * a.room + first + part) = *(const uint4 *)&out[i / (KEYS / 16)][part];
+          *(uint4 *)(a.codes + ((i64)item.local * a.lines + line) * a.room + first + 64 * group + part) = *(const uint4 *)&out[i / 4][part];
+      }
+    };
+    const int tiles = item.tiles();
+    multiply(even, round);
+    for (int tile = 0; tile < tiles; tile += 2) {  // one tile is multiplied while the one before is written
+      if (tile + 1 < tiles) {
+        multiply(odd, round + tile + 1);
+        finish<1>();
+      } else finish<0>();
+      write(even, round + tile, item.first + KEYS * tile);
+      if (tile + 1 < tiles) {
+        if (tile + 2 < tiles) {
+          multiply(even, round + tile + 2);
+          finish<1>();
+        } else finish<0>();
+        write(odd, round + tile + 1, item.first + KEYS * (tile + 1));
       }
     }
+    round += tiles;
     __syncwarp();
     if (lane == 0) arrive(s.q_empty);  // its products have ended
   }
