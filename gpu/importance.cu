@@ -50,7 +50,7 @@ struct Item {
     const int last = min(line + LINES, a.lines) - 1;
     stop = min((a.keys - a.rows + last * ROWS) / KEYS * KEYS, first + KEYS * CHUNK);
   }
-  __device__ __forceinline__ int tiles() const { return max(stop - first, 0) / KEYS; }
+  __device__ __forceinline__ int tiles() const { return (max(stop - first, 0) / KEYS + 1) / 2 * 2; }  // in twos: one too many may be no block's
 };
 
 // Where the representative row of a column of the product lies: row `of` of block `line`.
@@ -86,8 +86,8 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
     const u16 *keys = a.k + item.head / a.heads * a.k_b + item.head % a.heads / a.groups * a.k_h;
     const float *shares = a.shares + (i64)item.local * (a.keys / KEYS) * a.lines + item.line;
     const signed char *far = a.far + (i64)(item.head / a.groups) * ((a.keys + KEYS - 1) / KEYS * KEYS);
-    for (int first = item.first; first < item.stop; first += KEYS, round++) {
-      const int stage = round % STAGES;
+    for (int tile = 0; tile < item.tiles(); tile++, round++) {
+      const int stage = round % STAGES, first = min(item.first + KEYS * tile, item.stop - KEYS);
       await(s.k_empty[stage], (round / STAGES & 1) ^ 1);
       gather(address(s.k[stage]), keys, 2 * (u32)a.k_n, first + gather.listed);
       if (thread < LINES) {
@@ -165,20 +165,13 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
       }
     };
     const int tiles = item.tiles();
-    multiply(even, round);
-    for (int tile = 0; tile < tiles; tile += 2) {  // one tile is multiplied while the one before is written
-      if (tile + 1 < tiles) {
-        multiply(odd, round + tile + 1);
-        finish<1>();
-      } else finish<0>();
+    for (int tile = 0; tile < tiles; tile += 2) {  // the second is multiplied while the first is written
+      multiply(even, round + tile);
+      multiply(odd, round + tile + 1);
+      finish<1>();
       write(even, round + tile, item.first + KEYS * tile);
-      if (tile + 1 < tiles) {
-        if (tile + 2 < tiles) {
-          multiply(even, round + tile + 2);
-          finish<1>();
-        } else finish<0>();
-        write(odd, round + tile + 1, item.first + KEYS * (tile + 1));
-      }
+      finish<0>();
+      write(odd, round + tile + 1, item.first + KEYS * (tile + 1));
     }
     round += tiles;
     __syncwarp();
