@@ -88,8 +88,8 @@ def normalise(
 ):  # fmt: skip
     """Grid (groups of LINES lines, heads at work): SUMS (heads at work, lines, R) float32, base-2 log-sums of the
     representative rows' weights; exact over the first key block and over the band, from mean keys elsewhere.  SHARES
-    (heads at work, keys // KEYS, lines) float32: per key of a block, the mean of the rows' shares of weight by its mean
-    key; written where the block is eligible."""
+    (heads at work, keys // KEYS, lines) float32: the square of the mean of the rows' shares of weight, per key of a
+    block, by its mean key; written where the block is eligible."""
     group = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)  # of those at work
     batch = (first_head + head) // heads
@@ -133,6 +133,7 @@ def normalise(
         mean = tl.load(means + J[:, None] * D + d[None, :], mask=J[:, None] < whole, other=0.0)
         s = tl.dot(q, tl.trans(mean)) * factor + tl.log2(KEYS * 1.0) - log[:, None]
         share = tl.sum(tl.reshape(tl.exp2(tl.minimum(s, 0.0)), (LINES, R, KEYS)), 1) / (R * KEYS)
+        share = share * share
         to = SHARES + (head * whole + J)[None, :] * lines + line[:, None]
         tl.store(to, share, mask=(J[None, :] < whole) & (line[:, None] < lines))
 
@@ -143,7 +144,10 @@ def code(
     G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups of LINES lines, heads at work): CODES (heads at work, lines, room) uint8 of every eligible key."""
+    """Grid (groups of LINES lines, heads at work): CODES (heads at work, lines, room) uint8 of every eligible key.
+
+    The square of an importance is the mean square of the representative rows' probabilities and that of their share by
+    the block's mean key, together.  Its exponent and first two bits are the code: eighths of octaves, or nearly."""
     group = tl.num_programs(0) - 1 - tl.program_id(0)  # those with most keys first
     head = tl.program_id(1).to(tl.int64)  # of those at work
     batch = (first_head + head) // heads
@@ -169,10 +173,10 @@ def code(
         s = tl.dot(k, tl.trans(q)) * factor - log[None, :]
         square = tl.exp2(2.0 * tl.minimum(s, 0.0))
         share = tl.load(SHARES + (head * (keys // KEYS) + first // KEYS) * lines + line, mask=line < lines, other=0.0)
-        x = tl.sqrt(tl.sum(tl.reshape(square, (KEYS, LINES, R)), 2) / R) + share[None, :]
-        far = tl.load(far_base + j).to(tl.float32)
-        found = tl.floor(tl.log2(tl.maximum(x, 1e-37)) * EIGHTHS) + far[:, None] + MIDDLE
-        found = tl.minimum(tl.maximum(found, 0.0), LEVELS - 1.0).to(tl.uint8)
+        x = tl.sum(tl.reshape(square, (KEYS, LINES, R)), 2) / R + share[None, :]
+        far = tl.load(far_base + j).to(tl.int32)
+        found = (x.to(tl.int32, bitcast=True) >> 21) + far[:, None] + (MIDDLE - 4 * 127)
+        found = tl.minimum(tl.maximum(found, 0), LEVELS - 1).to(tl.uint8)
         to = CODES + (head * lines + line)[None, :] * room + j[:, None]
         tl.store(to, found, mask=(line[None, :] < lines) & (first < edge[None, :]))
 

@@ -79,17 +79,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(const __grid_constant
     const i64 before = carry + upto - sum;
     carry += __shfl_sync(~0u, upto, 31);
     i64 place = start + (before >> UNIT);  // keys listed before
-    u32 part = (u32)before & ((1u << UNIT) - 1);
+    u32 part = (u32)before & ((1u << UNIT) - 1), taken = 0;
     #pragma unroll
     for (int i = 0; i < EACH; i++) {
       part += chance[i];
-      if (part >> UNIT) {
-        part -= 1u << UNIT;
-        if (place < a.capacity) {
-          a.tokens[place] = first + i;
-          a.log_weights[place] = (UNIT - __log2f((float)chance[i])) * LN2;
-        }
-        place++;
+      taken |= (part >> UNIT) << i;
+      part &= (1u << UNIT) - 1;
+    }
+    for (; taken; taken &= taken - 1, place++) {  // few of them
+      const int i = __ffs(taken) - 1;
+      if (place < a.capacity) {
+        a.tokens[place] = first + i;
+        a.log_weights[place] = (UNIT - __log2f((float)table[code(codes, i)])) * LN2;
       }
     }
   }

@@ -14,7 +14,7 @@ constexpr int CHUNK = 32;          // tiles of keys that a program takes at once
 
 struct Arguments {
   const u16 *q, *k;
-  const float *sums, *shares;      // (many, lines, R) base-2 log-sums; (many, keys / 128, lines)
+  const float *sums, *shares;      // (many, lines, R) base-2 log-sums; (many, keys / 128, lines) squares
   const signed char *far;          // (B * heads / groups, keys up to whole blocks)
   u8 *codes;                       // (many, lines, room)
   int *counter;                    // zero
@@ -57,6 +57,12 @@ struct Item {
 __device__ __forceinline__ void column(int i, int &line, int &of) {
   const int j = i / 8;
   line = j / (R / 2) * 4 + i % 8 / 2, of = j % (R / 2) * 2 + i % 2;
+}
+
+// 2^x of min(x, 0), at most 6 % more, from SHIFT + x: in that sum's last 23 bits stands (x + 127) * 2^10.
+constexpr float MAGIC = 12288.f, SHIFT = MAGIC + 127.f;
+__device__ __forceinline__ float rough_power(float shifted) {
+  return __int_as_float(__float_as_int(fminf(fmaxf(shifted, MAGIC + 1.f), SHIFT)) << 13);
 }
 
 __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
@@ -105,7 +111,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
   const int thread = threadIdx.x - 128, group = thread / 128, warp = thread / 32 % 4, lane = thread % 32, r = lane / 4, c = lane % 4;
   const int base = 64 * group + 16 * warp + r;  // a thread has keys base and base + 8
   const float factor = 2.f * a.scale * LOG2E;
-  float even[64], odd[64], twice[32];  // scores of two tiles, and twice the log-sums of their columns
+  float even[64], odd[64], twice[32];  // scores of two tiles; less twice the log-sums of their columns
   int round = 0;
   for (int turn = 0;; turn++) {
     await(s.q_full, turn & 1);
@@ -117,7 +123,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
       int line, of;
       column(8 * (i / 2) + 2 * c + i % 2, line, of);
       line += item.line;
-      twice[i] = line < a.lines ? 2.f * a.sums[((i64)item.local * a.lines + line) * R + of] : INF;
+      twice[i] = (i % 2 ? SHIFT : 0.f) - (line < a.lines ? 2.f * a.sums[((i64)item.local * a.lines + line) * R + of] : 0.f);
     }
     auto multiply = [&](float (&score)[64], int at) {
       const int stage = at % STAGES;
@@ -138,7 +144,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
       float share[SLOTS];
       #pragma unroll
       for (int i = 0; i < SLOTS; i++) share[i] = s.share[stage][4 * i + c];
-      const float far[2] = {(float)s.far[stage][base] + 223.f, (float)s.far[stage][base + 8] + 223.f};
+      const int far[2] = {s.far[stage][base] + 223 - 4 * 127, s.far[stage][base + 8] + 223 - 4 * 127};
       __syncwarp();
       if (lane == 0) arrive(s.k_empty[stage]);
       u8 (*out)[64 + 16] = s.out[group][at & 1];
@@ -150,12 +156,12 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
           #pragma unroll
           for (int j = 0; j < R; j++) {
             const int column = i * (R / 2) + j / 2;  // eights of columns
-            square += exp2_(fminf(fmaf(score[4 * column + 2 * h + j % 2], factor, -twice[2 * column + j % 2]), 0.f));
+            const float x = score[4 * column + 2 * h + j % 2], y = twice[2 * column + j % 2];
+            // every other power by arithmetic, which the unit for powers would be too slow for
+            square += j % 2 ? rough_power(fmaf(x, factor, y)) : exp2_(fminf(fmaf(x, factor, y), 0.f));
           }
-          float x, code;
-          asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(square * (1.f / R)));
-          asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(code) : "f"(fmaxf(x + share[i], 1e-37f)));
-          out[4 * i + c][16 * warp + r + 8 * h] = (u8)(int)fminf(fmaxf(floorf(8.f * code) + far[h], 0.f), 255.f);
+          const int code = (__float_as_int(fmaf(square, 1.f / R, share[i])) >> 21) + far[h];
+          out[4 * i + c][16 * warp + r + 8 * h] = (u8)min(max(code, 0), 255);
         }
       asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
       for (int i = thread % 128; i < LINES * 4; i += 128) {
