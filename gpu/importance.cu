@@ -1,6 +1,6 @@
 // Codes of keys' importance to blocks of rows: `gpu.block_sampled.code` defines them, this is for sm_90.
 //
-// grid (multiprocessors,), 384 threads.  A producer group asks for tiles of 128 keys; two consumer groups score 64 keys
+// grid (multiprocessors,), 384 threads.  A producer group asks for tiles of 128 keys, whole boxes of a tensor map; two consumer groups score 64 keys
 // each against 128 representative rows, R of each of LINES blocks of rows, and write a byte per key and block.  The rows
 // lie in such an order that a thread of the product holds all R scores of a key for a block: nothing is exchanged.
 //
@@ -12,13 +12,16 @@ constexpr int LINES = 128 / R;     // blocks of rows that a program takes at onc
 constexpr int SLOTS = LINES / 4;   // of them, those whose scores a thread holds
 constexpr int CHUNK = 32;          // tiles of keys that a program takes at once
 
+struct alignas(64) Map { u8 bytes[128]; };
+
 struct Arguments {
-  const u16 *q, *k;
+  Map map;                         // of the keys, (B, heads / groups, keys, D), in boxes of 128 by 64, swizzled as tiles are
+  const u16 *q;
   const float *sums, *shares;      // (many, lines, R) base-2 log-sums; (many, keys / 128, lines) squares
   const signed char *far;          // (B * heads / groups, keys up to whole blocks)
   u8 *codes;                       // (many, lines, room)
   int *counter;                    // zero
-  i64 q_b, q_h, q_m, k_b, k_h, k_n;
+  i64 q_b, q_h, q_m;
   int rows, keys, heads, groups, first_head, many, lines, room;
   float scale;
 };
@@ -89,13 +92,18 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
     if (thread == 0) arrive(s.q_full);
     if (!item.there) return;
 
-    const u16 *keys = a.k + item.head / a.heads * a.k_b + item.head % a.heads / a.groups * a.k_h;
     const float *shares = a.shares + (i64)item.local * (a.keys / KEYS) * a.lines + item.line;
     const signed char *far = a.far + (i64)(item.head / a.groups) * ((a.keys + KEYS - 1) / KEYS * KEYS);
     for (int tile = 0; tile < item.tiles(); tile++, round++) {
       const int stage = round % STAGES, first = min(item.first + KEYS * tile, item.stop - KEYS);
       await(s.k_empty[stage], (round / STAGES & 1) ^ 1);
-      gather(address(s.k[stage]), keys, 2 * (u32)a.k_n, first + gather.listed);
+      if (thread == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(&s.k_full[stage])), "r"(TILE) : "memory");
+        for (int half = 0; half < HALVES; half++)
+          asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+              ::"r"(address(s.k[stage]) + half * (ROWS * 128)), "l"(&a.map), "r"(address(&s.k_full[stage])), "r"(64 * half), "r"(first),
+              "r"(item.head % a.heads / a.groups), "r"(item.head / a.heads) : "memory");
+      }
       if (thread < LINES) {
         const int bytes = item.line + thread < a.lines ? 4 : 0;
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(&s.share[stage][thread])), "l"(shares + (i64)(first / KEYS) * a.lines + (bytes ? thread : 0)), "r"(bytes) : "memory");
@@ -190,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) importance(const __grid_con
   Shared &s = *reinterpret_cast<Shared *>(((u64)memory + 1023) / 1024 * 1024);
   if (threadIdx.x == 0) {
     initialise(s.q_full, 129), initialise(s.q_empty, 8);
-    for (int i = 0; i < STAGES; i++) initialise(s.k_full[i], 128), initialise(s.k_empty[i], 8);
+    for (int i = 0; i < STAGES; i++) initialise(s.k_full[i], 129), initialise(s.k_empty[i], 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
