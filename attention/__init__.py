@@ -5,7 +5,9 @@ Letters as in `hsr`; ``B`` is the batch, ``dv`` the width of a value.  ``s_j = s
 
 from attention.audit import Audit, Estimate, audit
 from attention.audit_rows import Kept
+from attention.block_sampled import BlockResult, BlockSampled
 from attention.decode import decode
+from attention.key_lists import KeyLists
 from attention.policies import Certified, Dense, Policy, TopR
 from attention.prefill import prefill
 from attention.result import Certificate, Counters, Result
@@ -16,6 +18,8 @@ from attention.weights import ReLUPower, Softmax
 
 __all__ = [
     "Audit",
+    "BlockResult",
+    "BlockSampled",
     "Certificate",
     "Certified",
     "Counters",
@@ -23,6 +27,7 @@ __all__ = [
     "Dense",
     "Estimate",
     "Kept",
+    "KeyLists",
     "Policy",
     "ReLUPower",
     "Result",

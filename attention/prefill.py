@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attention.block_sampled import BlockSampled
 from attention.engine import Plan, fold, prompt_limits
 from attention.policies import Policy
 from attention.result import Result, joined
@@ -21,7 +22,7 @@ def prefill(
     *,
     causal: bool = True,
     weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-    policy: Policy | Sampled | None = None,
+    policy: Policy | Sampled | BlockSampled | None = None,
     scale: float | None = None,
     method: str = "auto",
 ) -> Result:
@@ -33,9 +34,9 @@ def prefill(
         v: (g, n, dv) or (B, g, n, dv).
         causal: row i sees the keys up to ``i + n - m`` (bottom-right aligned, so m < n continues a cached prefix).
         weight: as for `decode`.
-        policy: as for `decode`.
+        policy: as for `decode`; or BlockSampled(...), whose rows share keys, for a causal prompt.
         scale: as for `decode`.
-        method: index method, a name of the dispatch table or "auto".
+        method: index method, a name of the dispatch table or "auto"; for BlockSampled, method of its operations.
 
     Returns:
         Result: output (h, m, dv) or (B, h, m, dv) with log-sum-exp, certificate and counters.
@@ -43,6 +44,8 @@ def prefill(
     Raises:
         ArgumentError: as for `decode`; also causal with m > n, whose first rows would see no key.
     """
+    if isinstance(policy, BlockSampled):
+        return policy.attend_prompt(q, k, v, causal=causal, weight=weight, scale=scale, method=method)
     plan = Plan(weight, policy, scale)
     queries, keys, values = fold("q", q), fold("k", k), fold("v", v)
     limits = prompt_limits(q, k, causal)
