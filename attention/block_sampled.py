@@ -53,7 +53,8 @@ class BlockSampled:
     By default a head's threshold depends on all its rows: a later token can change which keys an earlier row attends
     to, and so that row's output, though never what a key there weighs or is.  That is a leak of selection, harmless for
     the prefill of one prompt; do not train or score token by token with it.  ``causal_selection=True`` takes no
-    decision for a row by anything after it, bit for bit, at the same length.
+    decision for a row by anything after it, bit for bit, at the same length; blocks then spend what the density has
+    left by their turn, at least 32 keys each, so that the density of a whole head differs from the one asked for.
 
     Args:
         density: share of the visible keys that is attended to, in (0, 1]; it must exceed what the near keys make, about

@@ -17,6 +17,7 @@ from hsr.errors import ArgumentError
 
 ROWS = 128  # rows of a block
 KEYS = 128  # keys of a block
+LEAST = 32  # keys that a causal selection may list for a block, whatever the density
 
 
 def row_blocks(m: int) -> int:
@@ -53,15 +54,20 @@ def budget(density: float, m: int, n: int) -> float:
     kept = float(density) * int(ends(m, n).sum()) - int(bands(m, n).sum())
     if kept <= 0 and edges(m, n)[-1] > 0:
         raise ArgumentError(
-            f"density must be above {least_density(m, n):.6g}, what the {ROWS} keys nearest to {m} rows of {n} make; "
+            f"density must be above {least_density(m, n):.6g}, what the bands of {m} rows of {n} keys make; "
             f"got {density}"
         )
     return kept
 
 
 def budgets(density: float, m: int, n: int) -> np.ndarray:
-    """Likewise of the blocks up to each, at least 1: what a causal selection may spend by then, (T,) float64."""
-    return np.maximum(float(density) * np.cumsum(ends(m, n)) - np.cumsum(bands(m, n)), 1.0)
+    """Likewise of the blocks up to each: what a causal selection may spend by then, (T,) float64.
+
+    At least LEAST keys for every block that has eligible ones: of the first blocks the bands alone exceed the density,
+    and without the few keys that nearly all rows attend to, their rows would be wrong by several times their size.
+    """
+    left = float(density) * np.cumsum(ends(m, n)) - np.cumsum(bands(m, n))
+    return np.maximum(left, LEAST * np.cumsum(edges(m, n) > 0))
 
 
 def representatives(m: int, rows: int, causal: bool = False) -> np.ndarray:
