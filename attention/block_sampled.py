@@ -5,36 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
 from attention import prompt_cost, reference
 from attention.chances import starts
-from attention.engine import prompt_arrays
-from attention.key_lists import KEYS, KeyLists, edges, least_density, row_blocks
-from attention.result import Certificate, Counters, Result
-from attention.weights import ReLUPower, Softmax
+from attention.key_lists import KEYS, budget, least_density, row_blocks
+from attention.shared_prompt import Answer, SharedPrompt
+from attention.weights import Softmax
 from hsr import checks
 from hsr.backend import choose
 from hsr.errors import ArgumentError
 
-LARGEST = {"float32": 1e30, "float64": 1e150}  # of a scaled query, a score or a value: squares or sums stay finite
 MEASURED = 64  # rows of a head on which its error is measured
 SHARE = 0.03  # of the keys beside the bands that a search for a density begins with
 FALL = 1.5  # the error falls about as the density to the power -1 / FALL
-
-
-@dataclass(frozen=True)
-class BlockResult(Result):
-    """Attention over lists that blocks of rows share.
-
-    Attributes:
-        densities: (..., h) float64; the share of the keys seen by the last row of each block that was attended to,
-            over all blocks of a head.
-    """
-
-    densities: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -75,6 +61,8 @@ class BlockSampled:
     Source: threshold sampling (Duffield, Lund & Thorup 2007) of half-spaces, arXiv 2410.10165, for blocks of rows.
     """
 
+    shared: ClassVar[bool] = True
+
     density: float | None = None
     error: float | None = None
     seconds: float | None = None
@@ -108,117 +96,47 @@ class BlockSampled:
             return dataclasses.replace(self, error=self.error / 2)
         return None
 
-    def attend_prompt(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        *,
-        causal: bool,
-        weight: Softmax | ReLUPower,
-        scale: float | None,
-        method: str,
-    ) -> BlockResult:
-        """Arguments as of `attention.prefill`; method names rows of the operations ``key_lists`` and ``listed``.
+    def visited(self, edges: np.ndarray) -> np.ndarray:
+        """Every eligible key has a code."""
+        return edges
 
-        Raises:
-            ArgumentError: as for `attention.prefill`; causal=False, a weight other than Softmax(), a density that the
-                bands alone exceed; scores or values beyond 1e30 in float32 (and narrower), 1e150 in float64.
-        """
-        if not isinstance(weight, Softmax):
-            raise ArgumentError(f"weight must be Softmax() for {self!r}; got {weight!r}")
-        if not causal:
-            raise ArgumentError(f"causal must be True for {self!r}; got {causal!r}")
-        queries, keys, values, limits = prompt_arrays(q, k, v, causal)
-        factor = keys.shape[2] ** -0.5 if scale is None else checks.real("scale", scale, np.nextafter(0, 1), math.inf)
-        _check_range(queries, keys, values, factor)
-        heads, m, n = len(queries), queries.shape[1], keys.shape[1]
-        first = starts(self.seed, heads, row_blocks(m))
-        answer = _Prompt(queries, keys, values, first, factor, self, "numba" if method == "auto" else method).answer()
-        block = np.arange(m) // KEYS
-        seen = limits - edges(m, n)[block]
-        reported = np.take_along_axis(answer.counts, np.broadcast_to(block, limits.shape), axis=1) + seen
-        visited = np.broadcast_to(edges(m, n)[block], limits.shape)
-        unknown = np.full(limits.shape, np.inf)
-        result = Result(
-            answer.output.astype(np.float64),
-            answer.lse,
-            np.zeros(limits.shape, bool),
-            Certificate("none", unknown, unknown, unknown, unknown),
-            Counters(reported, visited, reported),
-            n,
-        ).shaped(tuple(q.shape[:-1]), q)
-        return BlockResult(**vars(result), densities=answer.densities.reshape(tuple(q.shape[:-2])))
+    def answer(self, prompt: SharedPrompt) -> Answer:
+        """By whichever of density, error and seconds there is."""
+        heads, m, n = prompt.shape
+        if self.error is not None:
+            return self._within(self.error, prompt)
+        if self.density is not None:
+            budget(self.density, m, n)  # refuses one that the bands exceed
+        density = self._affordable(prompt) if self.density is None else self.density
+        return self._at(np.full(heads, density), prompt, starts(self.seed, heads, row_blocks(m)))
 
+    def _at(self, densities: np.ndarray, prompt: SharedPrompt, first: np.ndarray) -> Answer:
+        """Densities (H,), first (H, T) where the draws begin."""
+        draw = choose("key_lists", prompt.method)
+        arrays = prompt.q, prompt.k, prompt.v
+        return prompt.attended(draw(*arrays, densities, first, self.rows, self.causal_selection, prompt.scale))
 
-@dataclass
-class _Answer:
-    """Of H heads."""
+    def _affordable(self, prompt: SharedPrompt) -> float:
+        assert self.seconds is not None
+        widths = prompt.k.shape[2], prompt.v.shape[2]
+        rates = prompt_cost.rates(*widths, str(prompt.k.dtype), self.rows, prompt.method)
+        return prompt_cost.density_for(self.seconds, prompt.shape, rates)
 
-    output: np.ndarray  # (H, m, dv)
-    lse: np.ndarray  # (H, m)
-    counts: np.ndarray  # (H, T), keys listed
-    densities: np.ndarray  # (H,)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """What is attended to, checked, and how."""
-
-    q: np.ndarray  # (H, m, d)
-    k: np.ndarray  # (G, n, d)
-    v: np.ndarray  # (G, n, dv)
-    starts: np.ndarray  # (H, T), of draws
-    scale: float
-    policy: BlockSampled
-    method: str
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """H, m, n."""
-        return len(self.q), self.q.shape[1], self.k.shape[1]
-
-    def of(self, head: int) -> _Prompt:
-        """One head alone."""
-        source = head * len(self.k) // len(self.q)
-        one, read = slice(head, head + 1), slice(source, source + 1)
-        return dataclasses.replace(self, q=self.q[one], k=self.k[read], v=self.v[read], starts=self.starts[one])
-
-    def answer(self) -> _Answer:
-        """By whichever of density, error and seconds the policy has."""
-        heads, m, n = self.shape
-        if self.policy.error is not None:
-            return self._within(self.policy.error, least_density(m, n))
-        return self._at(np.full(heads, self.policy.density or self._affordable()))
-
-    def _affordable(self) -> float:
-        assert self.policy.seconds is not None
-        widths = self.k.shape[2], self.v.shape[2]
-        rates = prompt_cost.rates(*widths, str(self.k.dtype), self.policy.rows, self.method)
-        return prompt_cost.density_for(self.policy.seconds, self.shape, rates)
-
-    def _at(self, densities: np.ndarray) -> _Answer:
-        heads, m, n = self.shape
-        draw, attend = choose("key_lists", self.method), choose("listed", self.method)
-        how = self.policy.rows, self.policy.causal_selection, self.scale
-        lists: KeyLists = draw(self.q, self.k, self.v, densities, self.starts, *how)
-        output, lse = attend(self.q, self.k, self.v, lists, self.scale)
-        return _Answer(output, lse, np.diff(lists.token_offsets).reshape(heads, -1), lists.densities(m, n))
-
-    def _within(self, error: float, least: float) -> _Answer:
+    def _within(self, error: float, prompt: SharedPrompt) -> Answer:
         """Each head at the first of rising densities whose mean error on MEASURED rows is small enough."""
-        heads, m, n = self.shape
-        first = least + (1 - least) * SHARE
-        answer = self._at(np.full(heads, first))
-        rng = np.random.default_rng(self.policy.seed)
+        heads, m, n = prompt.shape
+        least = least_density(m, n) + (1 - least_density(m, n)) * SHARE
+        first = starts(self.seed, heads, row_blocks(m))
+        answer = self._at(np.full(heads, least), prompt, first)
+        rng = np.random.default_rng(self.seed)
         for head in range(heads):
-            one, rows = self.of(head), rng.choice(m, min(MEASURED, m), replace=False)
+            one, rows = prompt.of(head), rng.choice(m, min(MEASURED, m), replace=False)
             seen = np.arange(n) <= n - m + rows[:, None]
-            exact = reference.dense(one.q[:, rows], one.k, one.v, Softmax(), self.scale, keep=seen)[0][0]
-            density = first
+            exact = reference.dense(one.q[:, rows], one.k, one.v, Softmax(), one.scale, keep=seen)[0][0]
+            density = least
             while (found := _mean_error(answer.output[head, rows], exact)) > error and density < 1:
                 density = min(density * max(2.0, (found / error) ** FALL), 1.0)
-                better = one._at(np.array([density]))
+                better = self._at(np.array([density]), one, first[head : head + 1])
                 for name, part in vars(better).items():
                     getattr(answer, name)[head] = part[0]
         return answer
@@ -229,15 +147,3 @@ def _mean_error(output: np.ndarray, exact: np.ndarray) -> float:
     off, size = np.linalg.norm(output - exact, axis=1), np.linalg.norm(exact, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.where(off == 0, 0.0, off / size).mean())
-
-
-def _check_range(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> None:
-    """Refuse what would overflow on the way."""
-    largest = LARGEST[q.dtype.name]
-    with np.errstate(over="ignore"):
-        asked = scale * np.sqrt((q.astype(np.float64) ** 2).sum(axis=2).max())
-        score = asked * np.sqrt((k.astype(np.float64) ** 2).sum(axis=2).max())
-    for what, found in (("q and k", max(asked, score)), ("v", np.abs(v).max(initial=0.0))):
-        if not found <= largest:
-            kind = "entries" if what == "v" else "scaled queries and scores"
-            raise ArgumentError(f"{what} must have {kind} of at most {largest:.0e} in {q.dtype}; got {found:.3g}")

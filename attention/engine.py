@@ -118,7 +118,7 @@ def is_coded(candidate: Any) -> TypeGuard[Coded]:
 
 def is_shared(candidate: Any) -> bool:
     """Whether it chooses keys for blocks of a prompt's rows together."""
-    return hasattr(candidate, "attend_prompt")
+    return bool(getattr(candidate, "shared", False))
 
 
 def _checked(q: Any, index: HSRIndex) -> np.ndarray:

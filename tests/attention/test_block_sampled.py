@@ -16,6 +16,8 @@ from attention import (
     BlockSampled,
     DecodeSession,
     Dense,
+    KeyLists,
+    Listed,
     ReLUPower,
     Result,
     Softmax,
@@ -25,11 +27,12 @@ from attention import (
     prompt_cost,
 )
 from attention.key_lists import bands, edges, ends, least_density, row_blocks
+from attention.listed_reference import listed
 from attention.prompt_cost import Rates, density_for
 from attention.reference import dense
 from hsr import ArgumentError, HSRIndex
 from tests.heads import like_heads
-from tests.prompts import BEFORE, LENGTHS, made
+from tests.prompts import BEFORE, LENGTHS, made, some_lists
 
 few = settings(max_examples=40)
 normal = np.random.default_rng(7).standard_normal
@@ -257,7 +260,7 @@ def test_bad_policies_are_refused(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"causal": False}, r"causal must be True for BlockSampled\(density=0.9"),
+        ({"causal": False}, r"causal must be True for BlockSampled; got False"),
         ({"weight": ReLUPower(1, 0.0)}, r"weight must be Softmax\(\) for BlockSampled"),
         (
             {"policy": BlockSampled(density=0.2)},
@@ -290,6 +293,32 @@ def test_decode_and_sessions_refuse_what_serves_prompts_alone() -> None:
     ):
         with pytest.raises(ArgumentError, match=r"policy must choose keys row by row, which BlockSampled\(density=0.5"):
             call()
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.as_tensor])
+def test_lists_of_others_are_checked_and_attended_to(convert: Any) -> None:
+    q, k, v = prompt_of(2, 1, 2, 300, 431, np.float64)
+    lists = some_lists(np.random.default_rng(0), (4, 300, 431), 0.3)
+    given = KeyLists(**{name: convert(x) for name, x in vars(lists).items() if isinstance(x, np.ndarray)})
+    result = prefill(q, k, v, policy=Listed(given))
+    folded = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    output, lse = listed(*folded, lists, 16**-0.5)
+    assert np.allclose(result.output.reshape(output.shape), output, rtol=1e-10, atol=1e-10)
+    assert np.allclose(result.lse.reshape(lse.shape), lse)
+    assert np.allclose(result.densities.ravel(), lists.densities(300, 431))
+    line = 1
+    count = sum(
+        size * (offsets[line + 1] - offsets[line])
+        for offsets, size in ((lists.token_offsets, 1), (lists.block_offsets, 128), (lists.mean_offsets, 1))
+    )
+    assert result.counters.reported[0, 0, 128] == count + 131 + 128 + 1 - edges(300, 431)[1]
+    assert (result.counters.visited == 0).all()
+    with pytest.raises(ArgumentError, match="token_offsets must have 4 entries"):
+        prefill(q[0, :1], k[0], v[0], policy=Listed(dataclasses.replace(given, token_offsets=lists.token_offsets[:3])))
+    with pytest.raises(ArgumentError, match="tokens must lie in .* are not eligible; got 300"):
+        prefill(q, k, v, policy=Listed(dataclasses.replace(given, tokens=np.full(len(lists.tokens), 300, np.int32))))
+    with pytest.raises(ArgumentError, match="lists must be KeyLists; got list"):
+        Listed([])  # type: ignore[arg-type]
 
 
 def test_tighter_doubles_the_density_and_halves_the_error() -> None:
