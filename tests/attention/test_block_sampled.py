@@ -315,7 +315,7 @@ def test_lists_of_others_are_checked_and_attended_to(convert: Any) -> None:
     assert (result.counters.visited == 0).all()
     with pytest.raises(ArgumentError, match="token_offsets must have 4 entries"):
         prefill(q[0, :1], k[0], v[0], policy=Listed(dataclasses.replace(given, token_offsets=lists.token_offsets[:3])))
-    with pytest.raises(ArgumentError, match="tokens must lie in .* are not eligible; got 300"):
+    with pytest.raises(ArgumentError, match=r"tokens must lie in .* are not eligible; got 300"):
         prefill(q, k, v, policy=Listed(dataclasses.replace(given, tokens=np.full(len(lists.tokens), 300, np.int32))))
     with pytest.raises(ArgumentError, match="lists must be KeyLists; got list"):
         Listed([])  # type: ignore[arg-type]

@@ -47,6 +47,17 @@ def test_codes_are_the_definition_within_one(prompt: Prompt, rows: int, causal: 
         assert np.array_equal(np.bincount(codes[block, :edge], minlength=256), histograms[block])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(421, 421), (300, 431), (129, 600)])
+def test_codes_of_numbers_without_ties_are_the_definition(m: int, n: int, causal: bool) -> None:
+    prompt = made(np.random.default_rng(m), m, n, 1, 1, 16, 5, "gaussian")
+    codes, _, sample = encoded(prompt, 8, causal)
+    q, k, v = (x[0] for x in prompt)
+    for block, edge in enumerate(edges(m, n)):
+        wanted = listed_reference.codes(q, k, listed_reference.value_codes(v), block, sample[block], prompt.scale)
+        assert np.array_equal(codes[block, :edge], wanted)
+
+
 @given(seed=seeds, lines=st.integers(1, 4), share=st.floats(1e-4, 1.2), kind=st.sampled_from(("wide", "one", "ends")))
 def test_thresholds_spend_the_budget(seed: int, lines: int, share: float, kind: str) -> None:
     rng = np.random.default_rng(seed)
@@ -85,7 +96,10 @@ def test_a_draw_is_the_definition_bit_for_bit(seed: int, lines: int, n: int, kin
     codes = rng.integers(0, 256, (lines, n)).astype(np.uint8)
     low, high = {"any": (1, (1 << 24) + 1), "certain": (1 << 24, (1 << 24) + 1), "rare": (1, 9)}[kind]
     u = rng.integers(low, high, (lines, 256)).astype(np.int32)
-    first, edge = rng.integers(0, 1 << 24, lines), 128 * rng.integers(0, n // 128 + 1, lines)
+    first, edge = (
+        rng.integers(0, 1 << 24, lines) * rng.integers(0, 2, lines),
+        128 * rng.integers(0, n // 128 + 1, lines),
+    )
     histograms = np.array([np.bincount(line[:end], minlength=256) for line, end in zip(codes, edge, strict=True)])
     lengths = chances.lengths(histograms, u, first)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
