@@ -13,16 +13,17 @@ from attention.chances import starts
 from attention.key_lists import KEYS, ROWS, KeyLists, bands, edges, ends, least_density, row_blocks
 from hsr.backend import choose
 
-ROWS_TIMED, HEADS_TIMED = 1024, 4  # of the prompt that is timed
+ROWS_TIMED, HEADS_TIMED = (1024, 2048), 2  # of the prompts that are timed
 TAKES = 3
 
 
 class Rates(NamedTuple):
     """Seconds."""
 
-    code: float  # to code a key for a line
-    line: float  # for a line, however few its keys
-    pair: float  # for a row and a key of its line
+    head: float  # to choose a head's keys, however few
+    code: float  # more for each key and line that it may be listed on
+    line: float  # to attend to a line, however few its keys
+    pair: float  # more for each row and key of it
 
 
 def density_for(seconds: float, shape: tuple[int, int, int], rates: Rates) -> float:
@@ -32,7 +33,7 @@ def density_for(seconds: float, shape: tuple[int, int, int], rates: Rates) -> fl
     """
     heads, m, n = shape
     seen, lines = int(ends(m, n).sum()), heads * row_blocks(m)
-    left = seconds - rates.code * heads * int(edges(m, n).sum()) - rates.line * lines
+    left = seconds - heads * (rates.head + rates.code * int(edges(m, n).sum())) - rates.line * lines
     least = least_density(m, n) + row_blocks(m) / seen
     return float(np.clip(left / (rates.pair * ROWS * heads * seen), min(least, 1.0), 1.0))
 
@@ -40,18 +41,28 @@ def density_for(seconds: float, shape: tuple[int, int, int], rates: Rates) -> fl
 @functools.lru_cache(maxsize=64)
 def rates(d: int, width: int, dtype: str, rows: int, method: str) -> Rates:
     """Of keys of width d, values of another width and a dtype, lists by so many representative rows."""
+    short, long = (_prompt(m, d, width, dtype) for m in ROWS_TIMED)
+    select = choose("key_lists", method)
+
+    def selected(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        first = starts(0, HEADS_TIMED, row_blocks(q.shape[1]))
+        select(q, k, v, np.full(HEADS_TIMED, 0.5), first, rows, False, d**-0.5)
+
+    times = [_best(selected, *prompt) / HEADS_TIMED for prompt in (short, long)]
+    coded = [int(edges(m, m).sum()) for m in ROWS_TIMED]
+    code = max((times[1] - times[0]) / (coded[1] - coded[0]), 1e-15)
+    head = max(times[0] - code * coded[0], 0.0)
+    m, attend = ROWS_TIMED[1], choose("listed", method)
+    none, every = (_listing(blocks) for blocks in (np.zeros_like(edges(m, m)), edges(m, m) // KEYS))
+    bare, full = (_best(attend, *long, lists, d**-0.5) / HEADS_TIMED for lists in (none, every))
+    pair = max((full - bare) / (ROWS * coded[1]), 1e-15)
+    line = max(bare - pair * ROWS * int(bands(m, m).sum()), 0.0) / row_blocks(m)
+    return Rates(head, code, line, pair)
+
+
+def _prompt(m: int, d: int, width: int, dtype: str) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((HEADS_TIMED, ROWS_TIMED, size)).astype(dtype) for size in (d, d, width))
-    m, lines, scale = ROWS_TIMED, HEADS_TIMED * row_blocks(ROWS_TIMED), d**-0.5
-    select, attend = choose("key_lists", method), choose("listed", method)
-    first = starts(0, HEADS_TIMED, row_blocks(m))
-    selecting = _best(lambda: select(q, k, v, np.full(HEADS_TIMED, 0.3), first, rows, False, scale))
-    none, every = _listing(np.zeros_like(edges(m, m))), _listing(edges(m, m) // KEYS)
-    bare, full = (_best(lambda lists=lists: attend(q, k, v, lists, scale)) for lists in (none, every))  # type: ignore[misc]
-    coded, paired = HEADS_TIMED * edges(m, m).sum(), ROWS * HEADS_TIMED * edges(m, m).sum()
-    pair = max((full - bare) / paired, 1e-15)
-    line = max(bare - pair * ROWS * HEADS_TIMED * bands(m, m).sum(), 0.0) / lines
-    return Rates(selecting / coded, line, pair)
+    return [rng.standard_normal((HEADS_TIMED, m, size)).astype(dtype) for size in (d, d, width)]
 
 
 def _listing(blocks: np.ndarray) -> KeyLists:
@@ -62,12 +73,12 @@ def _listing(blocks: np.ndarray) -> KeyLists:
     return KeyLists(nothing, np.empty(0, np.int32), block_offsets=np.concatenate([[0], np.cumsum(counts)]), blocks=ids)
 
 
-def _best(call: Callable[[], object]) -> float:
+def _best(call: Callable[..., object], *arguments: object) -> float:
     """Seconds of the fastest of some calls, after one that may have to compile."""
-    call()
+    call(*arguments)
     taken = []
     for _ in range(TAKES):
         begun = time.perf_counter()
-        call()
+        call(*arguments)
         taken.append(time.perf_counter() - begun)
     return min(taken)

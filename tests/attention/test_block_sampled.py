@@ -216,9 +216,9 @@ def test_an_error_is_met_by_giving_keys_to_the_heads_that_need_them(error: float
 
 
 def test_a_time_buys_the_keys_that_the_rates_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_cost, "rates", lambda *_: Rates(1e-9, 1e-6, 1e-9))
+    monkeypatch.setattr(prompt_cost, "rates", lambda *_: Rates(1e-3, 1e-9, 1e-6, 1e-9))
     q, k, v = like_heads(1, 2, 1024, 1024)
-    cost = 1e-9 * 2 * edges(1024, 1024).sum() + 1e-6 * 16 + 1e-9 * 128 * 0.5 * 2 * ends(1024, 1024).sum()
+    cost = 2e-3 + 1e-9 * 2 * edges(1024, 1024).sum() + 1e-6 * 16 + 1e-9 * 128 * 0.5 * 2 * ends(1024, 1024).sum()
     assert prefill(q, k, v, policy=BlockSampled(seconds=float(cost))).densities == pytest.approx(0.5, abs=0.01)
     assert prefill(q, k, v, policy=BlockSampled(seconds=1e3)).densities == pytest.approx(1)
     least = prefill(q, k, v, policy=BlockSampled(seconds=1e-9)).counters.reported
