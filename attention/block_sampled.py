@@ -30,17 +30,21 @@ class BlockSampled:
     Rows attend exactly to the keys near them: those from the last multiple of 128 before their block on.  Of older
     keys, a few representative rows of the block estimate the importance x_j, a root mean square of weights, times
     ``||v_j - c||``; key j is drawn with chance ``min(1, x_j / 2^T)`` and then weighs ``exp(s_j) / chance`` with exact
-    scores.  T is chosen for each head so that its blocks list as many keys together as the density allows: blocks, and
-    rows, that need more get more.  Sums of weights and of weighted values are unbiased over seeds.
+    scores.  T is chosen for each head so that its blocks list as many keys together as the density allows: a block that
+    needs more gets more.  Sums of weights and of weighted values are unbiased over seeds.
+
+    `prefill` returns a `BlockResult`: the output in q's dtype, lse, the densities reached, and counters: ``reported``
+    and ``scanned`` are the keys that a row attends to, its near ones included, ``visited`` the codes of its block.
 
     It serves `prefill` with ``causal=True`` and softmax alone.  Its certificate claims nothing (kind "none"); `audit`
     bounds the error of what it returned from exact attention on sampled rows, and escalates from it.
 
-    By default a head's threshold depends on all its rows: a later token can change which keys an earlier row attends
-    to, and so that row's output, though never what a key there weighs or is.  That is a leak of selection, harmless for
-    the prefill of one prompt; do not train or score token by token with it.  ``causal_selection=True`` takes no
-    decision for a row by anything after it, bit for bit, at the same length; blocks then spend what the density has
-    left by their turn, at least 32 keys each, so that the density of a whole head differs from the one asked for.
+    By default a head's threshold depends on all its rows, and a block's importances on rows anywhere in it: a later
+    token can change which of the old keys an earlier row is shown, even in another block, and so that row's output,
+    though scores and values stay its own.  That is harmless for the prefill of one prompt; do not train or score token
+    by token with it.  ``causal_selection=True`` takes no decision for a row by anything after it, bit for bit, at the
+    same length; blocks then spend what the density has left by their turn, at least 32 keys each, so that the density
+    of a whole head differs from the one asked for.
 
     Args:
         density: share of the visible keys that is attended to, in (0, 1]; it must exceed what the near keys make, about
