@@ -154,7 +154,12 @@ def attend(
     Raises:
         ArgumentError: shapes and dtypes that the kernels have no form for.
     """
-    _check(q, k, v, lists)
+    check_tensors(q, k, v)
+    lines = q.shape[0] * q.shape[1] * row_blocks(q.shape[2])
+    if lists.lines != lines:
+        raise ArgumentError(
+            f"lists must have {lines} lines, one per head and block of {ROWS} rows; got {lists.lines}"
+        )
     B, h, m, d = q.shape
     g, n = k.shape[1:3]
     output = torch.empty((B, h, m, d), dtype=q.dtype, device=q.device)
@@ -186,11 +191,11 @@ def attend(
 def rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact causal attention of some rows: chosen (B h, s) int32 -> output (B, h, s, d), log-sum-exp (B, h, s)."""
+    """Exact causal attention of some rows: chosen (B h, s) int32 -> output (B, h, s, d), log-sum-exp (B, h, s), float32."""
     B, h, m, d = q.shape
     g, n = k.shape[1:3]
     s = chosen.shape[1]
-    output = torch.empty((B, h, s, d), dtype=q.dtype, device=q.device)
+    output = torch.empty((B, h, s, d), dtype=torch.float32, device=q.device)
     lse = torch.empty((B, h, s), dtype=torch.float32, device=q.device)
     tile, stages = TILES[d]
     sizes = torch.full((B,), m, dtype=torch.int32, device=q.device), torch.full((B,), n, dtype=torch.int32, device=q.device)
@@ -208,7 +213,8 @@ def block_means(x: torch.Tensor) -> torch.Tensor:
     return x[:, :, : n // KEYS * KEYS].reshape(B, g, -1, KEYS, d).mean(3, dtype=torch.float32).to(x.dtype)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: KeyLists) -> None:
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Whether the kernels have a form for a prompt (B, h, m, d) over keys (B, g, n, d); ArgumentError if not."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ArgumentError(
             f"q, k and v must be (B, h, m, d), (B, g, n, d) and (B, g, n, d) on cuda; got {tuple(q.shape)}, "
@@ -224,8 +230,3 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: KeyLists) -
         raise ArgumentError(f"q must have heads in multiples of {k.shape[1]}; got {q.shape[1]}")
     if any(part.stride(3) != 1 for part in (q, k, v)):
         raise ArgumentError(f"q, k and v must have contiguous rows; got strides {q.stride()}, {k.stride()}, {v.stride()}")
-    if lists.lines != q.shape[0] * q.shape[1] * row_blocks(q.shape[2]):
-        raise ArgumentError(
-            f"lists must have {q.shape[0] * q.shape[1] * row_blocks(q.shape[2])} lines, one per head and block of "
-            f"{ROWS} rows; got {lists.lines}"
-        )
