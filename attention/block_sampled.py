@@ -20,7 +20,7 @@ from hsr.errors import ArgumentError
 
 MEASURED = 64  # rows of a head on which its error is measured
 SHARE = 0.03  # of the keys beside the bands that a search for a density begins with
-FALL = 1.5  # the error falls about as the density to the power -1 / FALL
+FALL = 1.2  # the error falls about as that share to the power -1 / FALL
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,17 @@ class BlockSampled:
     def _within(self, error: float, prompt: SharedPrompt) -> Answer:
         """Each head at the first of rising densities whose mean error on MEASURED rows is small enough."""
         heads, m, n = prompt.shape
-        least = least_density(m, n) + (1 - least_density(m, n)) * SHARE
-        first = starts(self.seed, heads, row_blocks(m))
-        answer = self._at(np.full(heads, least), prompt, first)
+        least, first = least_density(m, n), starts(self.seed, heads, row_blocks(m))
+        answer = self._at(np.full(heads, least + SHARE * (1 - least)), prompt, first)
         rng = np.random.default_rng(self.seed)
         for head in range(heads):
             one, rows = prompt.of(head), rng.choice(m, min(MEASURED, m), replace=False)
             seen = np.arange(n) <= n - m + rows[:, None]
             exact = reference.dense(one.q[:, rows], one.k, one.v, Softmax(), one.scale, keep=seen)[0][0]
-            density = least
-            while (found := _mean_error(answer.output[head, rows], exact)) > error and density < 1:
-                density = min(density * max(2.0, (found / error) ** FALL), 1.0)
-                better = self._at(np.array([density]), one, first[head : head + 1])
+            share = SHARE
+            while (found := _mean_error(answer.output[head, rows], exact)) > error and share < 1:
+                share = min(share * max(2.0, (found / error) ** FALL), 1.0)
+                better = self._at(np.array([least + share * (1 - least)]), one, first[head : head + 1])
                 for name, part in vars(better).items():
                     getattr(answer, name)[head] = part[0]
         return answer
