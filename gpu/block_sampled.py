@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -308,8 +307,10 @@ def key_lists(
     heads, T, device = B * h, row_blocks(m), q.device
     room = int(edges(m, n)[-1])
     plan = _Plan(q, k, v, rows, causal_selection, scale, T, room)
-    spend = budgets(density, m, n) if causal_selection else np.array([budget(density, m, n)])
-    spend = torch.from_numpy(spend).to(device)
+    if causal_selection:
+        spend = torch.from_numpy(budgets(density, m, n)).to(device)
+    else:  # filled there: a copy from the host would wait, and a CUDA graph could not hold it
+        spend = torch.full((1,), budget(density, m, n), dtype=torch.float64, device=device)
     offsets = torch.zeros(heads * T + 1, dtype=torch.int64, device=device)
     capacity = 0 if causal_selection else min(math.ceil(budget(density, m, n)) + T, int(edges(m, n).sum())) * heads
     tokens = torch.empty(max(capacity, 1), dtype=torch.int32, device=device)
