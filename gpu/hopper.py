@@ -16,6 +16,7 @@ from attention.key_lists import KeyLists, row_blocks
 from hsr.errors import BackendUnavailable
 
 STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
+REPRESENTATIVES = (2, 4, 8, 16)  # rows of a block that `importance.cu` has a form for
 THREADS = 384  # of a program: one group that asks for tiles, two that multiply
 
 
@@ -73,9 +74,14 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _launch(
-    name: str, function: str, settings: dict[str, int], grid: tuple[int, int], threads: int, arguments: ctypes.Structure,
+    name: str,
+    function: str,
+    settings: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    arguments: ctypes.Structure,
     device: torch.device,
-) -> None:  # fmt: skip
+) -> None:
     from gpu import compiled  # only where cuda-bindings is
 
     assert device.index is not None

@@ -53,9 +53,9 @@ def prompt(
     B, h, m, _ = arrays[0].shape
     n = arrays[1].shape[2]
     lead = q.shape[:-1]
-    line = torch.arange(m, device=q.device) // ROWS
-    own = n - m + 1 + torch.arange(m, device=q.device) - torch.from_numpy(edges(m, n)).to(q.device)[line]
-    reported = (counts.view(B * h, -1)[:, line] + own).view(lead)
+    row = torch.arange(m, device=q.device)
+    near = n - m + row + 1 - (n - m + row // ROWS * ROWS) // KEYS * KEYS  # keys of the band
+    reported = (counts.view(B * h, -1)[:, row // ROWS] + near).view(lead)
     unknown: Any = torch.full((), math.inf, device=q.device).expand(lead)
     nothing: Any = torch.zeros((), dtype=torch.bool, device=q.device).expand(lead)
     work: Any = reported, torch.zeros((), dtype=torch.int64, device=q.device).expand(lead), reported
@@ -126,7 +126,7 @@ def dense(arrays: Tensors, scale: float) -> tuple[torch.Tensor, ...]:
     """Every key: torch's fused kernel where rows and keys are as many, else lists of all blocks."""
     q, k, v = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
-    blocks = torch.from_numpy(edges(m, n)).to(q.device) // KEYS  # (T,)
+    blocks = (n - m + ROWS * torch.arange(row_blocks(m), device=q.device)) // KEYS  # (T,)
     if m == n and q.shape[3] <= 128:
         attend = torch.ops.aten._scaled_dot_product_cudnn_attention
         output, lse = attend(q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
