@@ -17,6 +17,7 @@ from gpu.codes import LOG2E
 from hsr.errors import ArgumentError
 
 DTYPES = (torch.float16, torch.bfloat16)
+FEW = 16  # rows of a program where they are chosen: programs are few, and long
 TILES = {64: (64, 3), 128: (64, 3), 256: (32, 2)}  # keys of a tile and stages, by width
 
 
@@ -199,9 +200,10 @@ def rows(
     lse = torch.empty((B, h, s), dtype=torch.float32, device=q.device)
     tile, stages = TILES[d]
     sizes = torch.full((B,), m, dtype=torch.int32, device=q.device), torch.full((B,), n, dtype=torch.int32, device=q.device)
-    listed[(B * h, -(-s // 64))](
+    blocks = -(-s // FEW)
+    listed[(B * h, blocks)](
         q, k, v, k, v, output, lse, chosen, *sizes, *[lse] * 7, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *output.stride()[:3], s, n, h, -(-s // 64), scale, G=h // g, D=d, DV=d, M=64, KEYS=KEYS, N=tile, STAGES=stages,
+        *output.stride()[:3], s, n, h, blocks, scale, G=h // g, D=d, DV=d, M=FEW, KEYS=KEYS, N=tile, STAGES=stages,
         HAS_TOKENS=False, HAS_BLOCKS=False, HAS_MEANS=False, GIVEN=True, SIZED=True, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return output, lse

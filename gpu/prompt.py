@@ -6,8 +6,9 @@ rates measured in the process say that it takes no longer, a dense kernel of tor
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,15 @@ from hsr import checks
 from hsr.errors import ArgumentError
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q (B, h, m, d), k, v (B, g, n, d)
+
+
+class Answer(NamedTuple):
+    """Of B h heads; None of counts and densities is all keys."""
+
+    output: torch.Tensor  # (B, h, m, d)
+    lse: torch.Tensor  # (B, h, m)
+    counts: torch.Tensor | None  # (B h, T), keys listed
+    densities: torch.Tensor | None  # (B h,)
 
 
 def refuses(*, policy: Any, weight: Softmax | ReLUPower, causal: bool, **call: object) -> str | None:
@@ -49,25 +59,40 @@ def prompt(
     """
     arrays = _checked(q, k, v)
     factor = arrays[1].shape[3] ** -0.5 if scale is None else checks.real("scale", scale, np.nextafter(0, 1), math.inf)
-    output, lse, counts, densities = _answer(policy, arrays, factor)
-    B, h, m, _ = arrays[0].shape
-    n = arrays[1].shape[2]
-    lead = q.shape[:-1]
+    return result_of(_answer(policy, arrays, factor), q, arrays[1].shape[2])
+
+
+def result_of(answer: Answer, q: torch.Tensor, n: int) -> BlockResult:
+    """What `prompt` returns of an answer; q (.., h, m, d), n keys."""
+    output, lse, counts, densities = answer
+    lead, m = q.shape[:-1], q.shape[-2]
     row = torch.arange(m, device=q.device)
-    near = n - m + row + 1 - (n - m + row // ROWS * ROWS) // KEYS * KEYS  # keys of the band
-    reported = (counts.view(B * h, -1)[:, row // ROWS] + near).view(lead)
-    unknown: Any = torch.full((), math.inf, device=q.device).expand(lead)
-    nothing: Any = torch.zeros((), dtype=torch.bool, device=q.device).expand(lead)
-    work: Any = reported, torch.zeros((), dtype=torch.int64, device=q.device).expand(lead), reported
+    seen = row + (n - m + 1)
+    if counts is None:
+        reported = seen.expand(lead)
+    else:
+        near = seen - (row // ROWS * ROWS + (n - m)) // KEYS * KEYS  # keys of the band
+        reported = (counts[:, row // ROWS] + near).view(lead)
+    unknown, nothing, none = (
+        _constant(value, dtype, q.device).expand(lead)
+        for value, dtype in ((math.inf, torch.float32), (False, torch.bool), (0, torch.int64))
+    )
+    work: Any = reported, none, reported
     result = Result(
         output.view(q.shape),
         cast(Any, lse.view(lead)),
-        nothing,
-        Certificate("none", *[unknown] * 4),
+        cast(Any, nothing),
+        Certificate("none", *[cast(Any, unknown)] * 4),
         Counters(*work),
         n,
     )
-    return BlockResult(**vars(result), densities=cast(Any, densities.view(q.shape[:-2])))
+    whole = _constant(1.0, torch.float64, q.device).expand(q.shape[:-2]) if densities is None else densities
+    return BlockResult(**vars(result), densities=cast(Any, whole.view(q.shape[:-2])))
+
+
+@functools.cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
@@ -83,8 +108,7 @@ def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
     return full[0], full[1], full[2]
 
 
-def _answer(policy: BlockSampled | Listed | Dense, arrays: Tensors, scale: float) -> tuple[torch.Tensor, ...]:
-    """Output (B, h, m, d), log-sum-exps (B, h, m), listed keys (B h, T) and densities (B h,)."""
+def _answer(policy: BlockSampled | Listed | Dense, arrays: Tensors, scale: float) -> Answer:
     q, k, _ = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     if isinstance(policy, Dense):
@@ -101,48 +125,50 @@ def _answer(policy: BlockSampled | Listed | Dense, arrays: Tensors, scale: float
         density = rates.density_for(policy.seconds, heads, m, n)
     if rates.dense_is_faster(density, heads, m, n):
         return dense(arrays, scale)
-    return _drawn(policy, density, arrays, scale)
+    return drawn(policy, density, arrays, scale)
 
 
-def _drawn(policy: BlockSampled, density: float, arrays: Tensors, scale: float) -> tuple[torch.Tensor, ...]:
-    lists = block_sampled.key_lists(
+def drawn(policy: BlockSampled, density: float, arrays: Tensors, scale: float) -> Answer:
+    """Over keys drawn at a density."""
+    return _attended(arrays, lists_of(policy, density, arrays, scale), scale)
+
+
+def lists_of(policy: BlockSampled, density: float, arrays: Tensors, scale: float) -> KeyLists:
+    """The keys that are drawn at a density."""
+    return block_sampled.key_lists(
         *arrays, density=density, rows=policy.rows, causal_selection=policy.causal_selection, seed=policy.seed,
         scale=scale,
     )  # fmt: skip
-    return _attended(arrays, lists, scale)
 
 
-def _attended(arrays: Tensors, lists: KeyLists, scale: float) -> tuple[torch.Tensor, ...]:
+def _attended(arrays: Tensors, lists: KeyLists, scale: float) -> Answer:
     m, n = arrays[0].shape[2], arrays[1].shape[2]
     output, lse = listed.attend(*arrays, lists, scale)
     counts = lists.token_offsets.diff()
     for offsets, size in ((lists.block_offsets, KEYS), (lists.mean_offsets, 1)):
         if offsets is not None:
             counts = counts + size * offsets.diff()
-    return output, lse, counts.view(-1, row_blocks(m)), lists.densities(m, n)
+    return Answer(output, lse, counts.view(-1, row_blocks(m)), lists.densities(m, n))
 
 
-def dense(arrays: Tensors, scale: float) -> tuple[torch.Tensor, ...]:
+def dense(arrays: Tensors, scale: float) -> Answer:
     """Every key: torch's fused kernel where rows and keys are as many, else lists of all blocks."""
     q, k, v = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
-    blocks = (n - m + ROWS * torch.arange(row_blocks(m), device=q.device)) // KEYS  # (T,)
     if m == n and q.shape[3] <= 128:
         attend = torch.ops.aten._scaled_dot_product_cudnn_attention
         output, lse = attend(q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
-        output, lse = output.contiguous(), lse.reshape(q.shape[:3])
-    else:
-        offsets = torch.zeros(heads * len(blocks) + 1, dtype=torch.int64, device=q.device)
-        offsets[1:] = blocks.repeat(heads).cumsum(0)
-        ids = np.concatenate([np.arange(edge // KEYS, dtype=np.int32) for edge in edges(m, n)])
-        every = torch.from_numpy(np.append(ids, np.int32(0))).to(q.device)[:-1].repeat(heads)
-        none = torch.zeros_like(offsets), torch.zeros(0, dtype=torch.int32, device=q.device)
-        output, lse = listed.attend(q, k, v, KeyLists(*none, block_offsets=offsets, blocks=every), scale)
-    whole = torch.ones(heads, dtype=torch.float64, device=q.device)
-    return output, lse, (KEYS * blocks).expand(heads, -1), whole
+        return Answer(output.contiguous(), lse.reshape(q.shape[:3]), None, None)
+    blocks = edges(m, n) // KEYS
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(np.tile(blocks, heads))])).to(q.device)
+    ids = np.concatenate([np.arange(count, dtype=np.int32) for count in blocks])
+    every = torch.from_numpy(ids).to(q.device).repeat(heads)
+    none = torch.zeros_like(offsets), torch.zeros(0, dtype=torch.int32, device=q.device)
+    output, lse = listed.attend(q, k, v, KeyLists(*none, block_offsets=offsets, blocks=every), scale)
+    return Answer(output, lse, None, None)
 
 
-def _within(policy: BlockSampled, error: float, arrays: Tensors, scale: float) -> tuple[torch.Tensor, ...]:
+def _within(policy: BlockSampled, error: float, arrays: Tensors, scale: float) -> Answer:
     """Each head at the first of rising densities whose mean error on MEASURED rows is small enough."""
     q, k, v = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
@@ -151,20 +177,25 @@ def _within(policy: BlockSampled, error: float, arrays: Tensors, scale: float) -
     chosen = torch.from_numpy(rows).to(q.device)
     exact = listed.rows(q, k, v, chosen, scale)[0].flatten(0, 1)  # (H, s, d) float32
     least = min(least_density(m, n) + (1 - least_density(m, n)) * SHARE, 1.0)
-    output, lse, counts, densities = _drawn(policy, least, arrays, scale)
-    answer = output.view(heads, m, -1), lse.view(heads, m), counts, densities
+    answer = drawn(policy, least, arrays, scale)
+    output, lse = answer.output.view(heads, m, -1), answer.lse.view(heads, m)
     density = np.full(heads, least)
     while True:
-        found = answer[0].gather(1, chosen[..., None].long().expand(-1, -1, q.shape[3])).float()
+        found = output.gather(1, chosen[..., None].long().expand(-1, -1, q.shape[3])).float()
         missed = ((found - exact).norm(dim=2) / exact.norm(dim=2)).mean(1).cpu().numpy()
         late = np.flatnonzero((missed > error) & (density < 1))
         if not late.size:
-            return output, lse, counts, densities
+            return answer
         density[late] = np.minimum(density[late] * np.maximum(2.0, (missed[late] / error) ** FALL), 1.0)
         for head in late:
             source = head * k.shape[0] * k.shape[1] // heads
             of = zip((q, k, v), (head, source, source), strict=True)
             one = cast(Tensors, tuple(part.reshape(-1, *part.shape[2:])[at][None, None] for part, at in of))
-            better = dense(one, scale) if density[head] == 1 else _drawn(policy, float(density[head]), one, scale)
-            for part, new in zip(answer, better, strict=True):
-                part[head] = new.reshape(part[head].shape)
+            full = density[head] == 1
+            better = dense(one, scale) if full else drawn(policy, float(density[head]), one, scale)
+            output[head], lse[head] = better.output[0, 0], better.lse[0, 0]
+            assert answer.counts is not None and answer.densities is not None
+            answer.counts[head] = (
+                torch.from_numpy(edges(m, n)).to(q.device) if better.counts is None else better.counts[0]
+            )
+            answer.densities[head] = 1.0 if better.densities is None else better.densities[0]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from attention.key_lists import ROWS, bands, edges, ends, least_density, row_blocks
-from gpu import block_sampled, listed
+from gpu import listed
 
 LENGTHS, HEADS, GROUPS = (2048, 8192), 32, 8  # of the prompts that are timed
 DENSITY = 0.25
@@ -30,10 +30,10 @@ class Line(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """By pairs of rows and keys: those below the diagonal, those that get codes, those that are attended to."""
+    """By pairs: of rows and keys below the diagonal, of blocks and keys with codes, of rows and keys attended to."""
 
     dense: Line
-    select: Line
+    select: Line  # and all that is done once a call
     attend: Line
 
     def sampled(self, density: float, heads: int, m: int, n: int) -> float:
@@ -56,21 +56,22 @@ class Rates(NamedTuple):
 @functools.cache
 def rates(device: torch.device, dtype: torch.dtype, d: int, rows: int) -> Rates:
     """Of a width, a dtype, and lists by so many representative rows."""
-    from gpu.prompt import dense
+    from attention.block_sampled import BlockSampled
+    from gpu import prompt
 
     random = torch.Generator(device).manual_seed(0)
+    policy, scale = BlockSampled(density=DENSITY, rows=rows), d**-0.5
     taken: list[list[float]] = []
     for n in LENGTHS:
         q, k, v = (
             torch.randn(1, heads, n, d, device=device, dtype=dtype, generator=random)
             for heads in (HEADS, GROUPS, GROUPS)
         )
-        select = functools.partial(
-            block_sampled.key_lists, q, k, v, density=DENSITY, rows=rows, causal_selection=False, seed=0, scale=d**-0.5
-        )
-        lists = select()
-        attend = functools.partial(listed.attend, q, k, v, lists, d**-0.5)
-        taken.append([_best(call) for call in (functools.partial(dense, (q, k, v), d**-0.5), select, attend)])
+        lists = prompt.lists_of(policy, DENSITY, (q, k, v), scale)
+        dense = _best(lambda: prompt.result_of(prompt.dense((q, k, v), scale), q, n))  # noqa: B023 - called at once
+        sampled = _best(lambda: prompt.result_of(prompt.drawn(policy, DENSITY, (q, k, v), scale), q, n))  # noqa: B023
+        attend = _best(lambda: listed.attend(q, k, v, lists, scale))  # noqa: B023
+        taken.append([dense, max(sampled - attend, 0.0), attend])
     seen = [int(ends(n, n).sum()) for n in LENGTHS]
     work = [
         [HEADS * n * n / 2 for n in LENGTHS],
