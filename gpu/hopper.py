@@ -1,6 +1,6 @@
 """The launches of CUDA C++ that sparse prefill has: `listed.cu`, `importance.cu` for Hopper's tensor cores, `codes.cu`.
 
-They do what the kernels of `gpu.listed` and `gpu.block_sampled` define, several times faster.
+They do what the kernels of `gpu.listed`, `gpu.importance` and `gpu.block_sampled` define, several times faster.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _launch(
-    name: str, function: str, settings: dict[str, int], grid: tuple[int, int], threads: int, arguments: ctypes.Structure,
-    device: torch.device,
+    name: str, function: str, settings: dict[str, int], grid: tuple[int, int], threads: int,
+    arguments: ctypes.Structure, device: torch.device,
 ) -> None:  # fmt: skip
     from gpu import compiled  # only where cuda-bindings is
 
@@ -150,7 +150,7 @@ def importance(
     causal: bool,
     scale: float,
 ) -> None:
-    """As `gpu.block_sampled.code`, of heads from the first on, as many as there are codes for."""
+    """As `gpu.importance.code`, of heads from the first on, as many as there are codes for."""
     h, m, d = q.shape[1:]
     g, n = k.shape[1:3]
     many, lines, room = codes.shape
