@@ -1,6 +1,6 @@
 """The launches of CUDA C++ that sparse prefill has: `listed.cu`, `importance.cu` for Hopper's tensor cores, `codes.cu`.
 
-They do what the kernels of `gpu.listed` and `gpu.block_sampled` define, several times faster.
+They do what the kernels of `gpu.listed`, `gpu.importance` and `gpu.block_sampled` define, several times faster.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def importance(
     causal: bool,
     scale: float,
 ) -> None:
-    """As `gpu.block_sampled.code`, of heads from the first on, as many as there are codes for."""
+    """As `gpu.importance.code`, of heads from the first on, as many as there are codes for."""
     h, m, d = q.shape[1:]
     g, n = k.shape[1:3]
     many, lines, room = codes.shape

@@ -1,8 +1,9 @@
-// Codes of keys' importance to blocks of rows: `gpu.block_sampled.code` defines them, this is for sm_90.
+// Codes of keys' importance to blocks of rows: `gpu.importance.code` defines them, this is for sm_90.
 //
-// grid (multiprocessors,), 384 threads.  A producer group asks for tiles of 128 keys, whole boxes of a tensor map; two consumer groups score 64 keys
-// each against 128 representative rows, R of each of LINES blocks of rows, and write a byte per key and block.  The rows
-// lie in such an order that a thread of the product holds all R scores of a key for a block: nothing is exchanged.
+// grid (multiprocessors,), 384 threads.  A producer group asks for tiles of 128 keys, whole boxes of a tensor map; two
+// consumer groups score 64 keys each against 128 representative rows, R of each of LINES blocks of rows, and write a
+// byte per key and block.  The rows lie in such an order that a thread of the product holds all R scores of a key for a
+// block: nothing is exchanged.
 //
 // Compiled with: D (64 or 128), BF16, R representative rows (2, 4, 8 or 16), CAUSAL, STAGES.
 
@@ -202,6 +203,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) importance(const __grid_con
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  after_predecessor();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     produce(a, s);
