@@ -5,17 +5,23 @@ Letters as in `hsr`; ``B`` is the batch, ``dv`` the width of a value.  ``s_j = s
 
 from attention.audit import Audit, Estimate, audit
 from attention.audit_rows import Kept
+from attention.block_sampled import BlockSampled
 from attention.decode import decode
+from attention.key_lists import KeyLists
+from attention.listed import Listed
 from attention.policies import Certified, Dense, Policy, TopR
 from attention.prefill import prefill
 from attention.result import Certificate, Counters, Result
 from attention.sampled import Sampled
 from attention.session import DecodeSession
+from attention.shared_prompt import BlockResult
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 
 __all__ = [
     "Audit",
+    "BlockResult",
+    "BlockSampled",
     "Certificate",
     "Certified",
     "Counters",
@@ -23,6 +29,8 @@ __all__ = [
     "Dense",
     "Estimate",
     "Kept",
+    "KeyLists",
+    "Listed",
     "Policy",
     "ReLUPower",
     "Result",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from attention.audit_rows import Kept, Prompt, attended, prompt_of
-from attention.engine import is_policy
+from attention.engine import is_policy, is_shared
 from attention.finite_population import upper_mean, upper_mean_of_strata, upper_share
 from attention.policies import Certified, Dense
 from attention.prefill import prefill
@@ -141,9 +141,9 @@ def audit(
         k: (g, n, d) or (B, g, n, d), h a multiple of g.
         v: (g, n, dv) or (B, g, n, dv).
         selection: a `Result` of `decode` or `prefill`, whose output and lse are compared; a policy, which is run on the
-            sampled rows, or on all rows if it codes the keys (``bytes_per_key``) and so lets rows bear on each other; a
-            `Kept` or a `Report`, attended to as it is, keys that a row cannot see included; None for the policy that
-            `prefill` takes by default.
+            sampled rows, or on all rows if it codes the keys (``bytes_per_key``) or shares them (`BlockSampled`) and so
+            lets rows bear on each other; a `Kept` or a `Report`, attended to as it is, keys that a row cannot see
+            included; None for the policy that `prefill` takes by default.
         rows: how many rows are drawn in each head, at least 1; all, if there are fewer, and the bounds are then exact.
         confidence: in (0, 1).
         tolerance: in [0, 1), a relative error; the share of rows above it is bounded.
@@ -180,7 +180,8 @@ def audit(
         return _escalated(look, chosen, delta, _limits(limits))
     if any(limit is not None for limit in limits.values()):
         raise ArgumentError(f"max_dropped, max_error and max_exceeding must be None without escalate; got {limits}")
-    alike = getattr(chosen, "bytes_per_key", None) is None  # codes are fitted to all queries of a call
+    # codes are fitted to all queries of a call, and blocks of rows share keys
+    alike = getattr(chosen, "bytes_per_key", None) is None and not is_shared(chosen)
     return look.at(chosen, chosen if alike else _answered(chosen, prompt), delta)
 
 

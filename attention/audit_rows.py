@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from attention import reference
-from attention.engine import Plan, fold, prompt_limits
+from attention.engine import Plan, fold, prompt_arrays
 from attention.result import Result
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
@@ -79,19 +79,8 @@ class Prompt:
 def prompt_of(q: Any, k: Any, v: Any, causal: bool, weight: Softmax | ReLUPower, scale: float | None) -> Prompt:
     """The arguments, if they fit each other."""
     Plan(weight, None, scale)
-    queries, keys = (checks.floats(name, fold(name, x), (3,)) for name, x in (("q", q), ("k", k)))
+    queries, keys, _, limits = prompt_arrays(q, k, v, causal)
     values = Values(fold("v", v))
-    if 0 in keys.shape or 0 in queries.shape:
-        raise ArgumentError(f"q and k must have at least one row; got shapes {tuple(q.shape)} and {tuple(k.shape)}")
-    if queries.shape[2] != keys.shape[2]:
-        raise ArgumentError(f"q must have width {keys.shape[2]} to match k; got shape {tuple(q.shape)}")
-    if tuple(v.shape[:-1]) != tuple(k.shape[:-1]):
-        raise ArgumentError(f"v must be {(*k.shape[:-1], 'dv')} to match k; got {tuple(v.shape)}")
-    names = [checks.dtype_name(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
-    if len(set(names)) > 1:
-        raise ArgumentError(f"q, k and v must have one dtype; got {', '.join(names)}")
-    limits = prompt_limits(q, k, causal)
-    checks.grouped("q", q.shape[-3], k.shape[-3])
     factor = keys.shape[2] ** -0.5 if scale is None else float(scale)
     with np.errstate(over="ignore"):
         largest = np.abs(queries).sum(axis=2, dtype=np.float64).max() * np.abs(keys).max().astype(np.float64)

@@ -45,6 +45,10 @@ class Plan:
             raise ArgumentError(f"weight must be Softmax() or ReLUPower(alpha, b); got {self.weight!r}")
         if isinstance(self.weight, ReLUPower) and self.policy is not None:
             raise ArgumentError(f"policy must be None for ReLUPower, whose half-space is exact; got {self.policy!r}")
+        if is_shared(self.policy):
+            raise ArgumentError(
+                f"policy must choose keys row by row, which {self.policy!r} does not: it serves prefill"
+            )
         if self.policy is not None and not is_policy(self.policy):
             raise ArgumentError(f"policy must be Dense(), TopR(r), Certified(eps) or Sampled(eps); got {self.policy!r}")
         if self.scale is not None:
@@ -104,12 +108,17 @@ class Plan:
 
 def is_policy(candidate: Any) -> bool:
     """Whether softmax attention can choose its keys by it."""
-    return is_coded(candidate) or hasattr(candidate, "select")
+    return is_coded(candidate) or is_shared(candidate) or hasattr(candidate, "select")
 
 
 def is_coded(candidate: Any) -> TypeGuard[Coded]:
     """Whether it chooses keys by their codes."""
     return bool(getattr(candidate, "coded", False))
+
+
+def is_shared(candidate: Any) -> bool:
+    """Whether it chooses keys for blocks of a prompt's rows together."""
+    return bool(getattr(candidate, "shared", False))
 
 
 def _checked(q: Any, index: HSRIndex) -> np.ndarray:
@@ -129,6 +138,27 @@ def fold(name: str, array: Any) -> Any:
     if len(shape) not in (3, 4):
         raise ArgumentError(f"{name} must be (heads, rows, width) or (B, heads, rows, width); got shape {shape}")
     return array.reshape(math.prod(shape[:-2]), *shape[-2:])
+
+
+def prompt_arrays(q: Any, k: Any, v: Any, causal: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A prompt as numpy, batch folded into the heads, if its parts fit: q (H, m, d), k (G, n, d), v (G, n, dv), limits.
+
+    Raises:
+        ArgumentError: shapes, dtypes or heads that do not fit, NaN or infinity.
+    """
+    queries, keys, values = (checks.floats(name, fold(name, x), (3,)) for name, x in (("q", q), ("k", k), ("v", v)))
+    if 0 in keys.shape or 0 in queries.shape:
+        raise ArgumentError(f"q and k must have at least one row; got shapes {tuple(q.shape)} and {tuple(k.shape)}")
+    if queries.shape[2] != keys.shape[2]:
+        raise ArgumentError(f"q must have width {keys.shape[2]} to match k; got shape {tuple(q.shape)}")
+    if tuple(v.shape[:-1]) != tuple(k.shape[:-1]):
+        raise ArgumentError(f"v must be {(*k.shape[:-1], 'dv')} to match k; got {tuple(v.shape)}")
+    names = [checks.dtype_name(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
+    if len(set(names)) > 1:
+        raise ArgumentError(f"q, k and v must have one dtype; got {', '.join(names)}")
+    limits = prompt_limits(q, k, causal)
+    checks.grouped("q", q.shape[-3], k.shape[-3])
+    return queries, keys, values, limits
 
 
 def prompt_limits(q: Any, k: Any, causal: bool) -> np.ndarray:

@@ -8,6 +8,7 @@ listed: they are *eligible*.  Everything about the blocks is plain integers and 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,10 @@ from hsr.errors import ArgumentError
 
 ROWS = 128  # rows of a block
 KEYS = 128  # keys of a block
+LEAST = 32  # keys that a causal selection may list for a block, whatever the density
+
+
+ARRAYS = ("token_offsets", "tokens", "log_weights", "block_offsets", "blocks", "mean_offsets", "means")
 
 
 def row_blocks(m: int) -> int:
@@ -53,15 +58,20 @@ def budget(density: float, m: int, n: int) -> float:
     kept = float(density) * int(ends(m, n).sum()) - int(bands(m, n).sum())
     if kept <= 0 and edges(m, n)[-1] > 0:
         raise ArgumentError(
-            f"density must be above {least_density(m, n):.6g}, what the {ROWS} keys nearest to {m} rows of {n} make; "
+            f"density must be above {least_density(m, n):.6g}, what the bands of {m} rows of {n} keys make; "
             f"got {density}"
         )
     return kept
 
 
 def budgets(density: float, m: int, n: int) -> np.ndarray:
-    """Likewise of the blocks up to each, at least 1: what a causal selection may spend by then, (T,) float64."""
-    return np.maximum(float(density) * np.cumsum(ends(m, n)) - np.cumsum(bands(m, n)), 1.0)
+    """Likewise of the blocks up to each: what a causal selection may spend by then, (T,) float64.
+
+    At least LEAST keys for every block that has eligible ones: of the first blocks the bands alone exceed the density,
+    and without the few keys that nearly all rows attend to, their rows would be wrong by several times their size.
+    """
+    left = float(density) * np.cumsum(ends(m, n)) - np.cumsum(bands(m, n))
+    return np.maximum(left, LEAST * np.cumsum(edges(m, n) > 0))
 
 
 def representatives(m: int, rows: int, causal: bool = False) -> np.ndarray:
@@ -125,6 +135,19 @@ class KeyLists:
             if offsets is not None:
                 listed = listed + size * (offsets[per::per] - offsets[:-per:per])
         return (listed + float(bands(m, n).sum())) / float(ends(m, n).sum())
+
+
+def counts(lists: KeyLists) -> np.ndarray:
+    """Keys on every line of numpy lists, a mean counting as one: (H T,) int64."""
+    kinds = ((lists.token_offsets, 1), (lists.block_offsets, lists.keys), (lists.mean_offsets, 1))
+    return np.sum([size * np.diff(offsets) for offsets, size in kinds if offsets is not None], axis=0)
+
+
+def plain(lists: KeyLists) -> KeyLists:
+    """The same in contiguous numpy arrays, whatever they are."""
+    given = {name: getattr(lists, name) for name in ARRAYS if getattr(lists, name) is not None}
+    arrays: dict[str, Any] = {name: np.ascontiguousarray(_on_cpu(x)) for name, x in given.items()}
+    return dataclasses.replace(lists, **arrays)
 
 
 def check(lists: KeyLists, heads: int, m: int, n: int) -> None:
@@ -191,12 +214,17 @@ def _listed(lists: KeyLists, name: str, ids_name: str, limits: np.ndarray) -> tu
 
 def _array(name: str, given: Any, dtype: Any) -> np.ndarray:
     """A numpy array (t,) of the dtype, of an array or a tensor on any device."""
-    array = given.detach().cpu().numpy() if hasattr(given, "detach") else given
+    array = _on_cpu(given)
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
         wanted = np.dtype(dtype).name
         found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else repr(given)
         raise ArgumentError(f"{name} must be an array or tensor (entries,) of {wanted}; got {found}")
     return array
+
+
+def _on_cpu(array: Any) -> Any:
+    """A tensor as numpy; anything else as it is."""
+    return array.detach().cpu().numpy() if hasattr(array, "detach") else array
 
 
 def _once(name: str, places: np.ndarray, lines: np.ndarray, ids: np.ndarray) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from attention.block_sampled import BlockSampled
 from attention.engine import Plan, fold, prompt_limits
+from attention.listed import Listed
 from attention.policies import Policy
 from attention.result import Result, joined
 from attention.sampled import Sampled
+from attention.shared_prompt import attend_prompt
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 
@@ -21,7 +24,7 @@ def prefill(
     *,
     causal: bool = True,
     weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-    policy: Policy | Sampled | None = None,
+    policy: Policy | Sampled | BlockSampled | Listed | None = None,
     scale: float | None = None,
     method: str = "auto",
 ) -> Result:
@@ -33,9 +36,9 @@ def prefill(
         v: (g, n, dv) or (B, g, n, dv).
         causal: row i sees the keys up to ``i + n - m`` (bottom-right aligned, so m < n continues a cached prefix).
         weight: as for `decode`.
-        policy: as for `decode`.
+        policy: as for `decode`; or BlockSampled(...) or Listed(lists), whose rows share keys, for causal prompts.
         scale: as for `decode`.
-        method: index method, a name of the dispatch table or "auto".
+        method: index method, a name of the dispatch table or "auto"; for BlockSampled, a method of its operations.
 
     Returns:
         Result: output (h, m, dv) or (B, h, m, dv) with log-sum-exp, certificate and counters.
@@ -43,6 +46,8 @@ def prefill(
     Raises:
         ArgumentError: as for `decode`; also causal with m > n, whose first rows would see no key.
     """
+    if isinstance(policy, BlockSampled | Listed):
+        return attend_prompt(policy, q, k, v, causal=causal, weight=weight, scale=scale, method=method)
     plan = Plan(weight, policy, scale)
     queries, keys, values = fold("q", q), fold("k", k), fold("v", v)
     limits = prompt_limits(q, k, causal)

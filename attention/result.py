@@ -26,8 +26,9 @@ class Certificate:
 
     Attributes:
         kind: "exact" (nothing was dropped), "deterministic" (holds for every input), "probability" (holds with the
-            stated confidence over the random shifts of the codes' grids) or "statistical" (each bound holds with about
-            the stated confidence over the random draw, as estimated from it).
+            stated confidence over the random shifts of the codes' grids), "statistical" (each bound holds with about
+            the stated confidence over the random draw, as estimated from it) or "none" (nothing is known: every bound
+            is infinite).
         dropped_mass: bound on the share of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165); NaN
             where what was dropped is made up for by the weights of a sample.
         output_error: bound on ``||output - exact||_2``.  The truncation part uses

@@ -1,0 +1,152 @@
+"""Sparse prefill: blocks of 128 rows share keys that are drawn by importance, with one threshold for a head."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from attention import prompt_cost, reference
+from attention.chances import starts
+from attention.key_lists import KEYS, budget, least_density, row_blocks
+from attention.shared_prompt import Answer, SharedPrompt
+from attention.weights import Softmax
+from hsr import checks
+from hsr.backend import choose
+from hsr.errors import ArgumentError
+
+MEASURED = 64  # rows of a head on which its error is measured
+SHARE = 0.03  # of the keys beside the bands that a search for a density begins with
+FALL = 1.2  # the error falls about as that share to the power -1 / FALL
+
+
+@dataclass(frozen=True)
+class BlockSampled:
+    """An unbiased sample of keys for every 128 rows of a prompt: lifted half-space reporting for blocks of rows.
+
+    Rows attend exactly to the keys near them: those from the last multiple of 128 before their block on.  Of older
+    keys, a few representative rows of the block estimate the importance x_j, a root mean square of weights, times
+    ``||v_j - c||``; key j is drawn with chance ``min(1, x_j / 2^T)`` and then weighs ``exp(s_j) / chance`` with exact
+    scores.  T is chosen for each head so that its blocks list as many keys together as the density allows: a block that
+    needs more gets more.  Sums of weights and of weighted values are unbiased over seeds.
+
+    `prefill` returns a `BlockResult`: the output in q's dtype, lse, the densities reached, and counters: ``reported``
+    and ``scanned`` are the keys that a row attends to, its near ones included, ``visited`` the codes of its block.
+
+    It serves `prefill` with ``causal=True`` and softmax alone.  Its certificate claims nothing (kind "none"); `audit`
+    bounds the error of what it returned from exact attention on sampled rows, and escalates from it.
+
+    By default a head's threshold depends on all its rows, and a block's importances on rows anywhere in it: a later
+    token can change which of the old keys an earlier row is shown, even in another block, and so that row's output,
+    though scores and values stay its own.  That is harmless for the prefill of one prompt; do not train or score token
+    by token with it.  ``causal_selection=True`` takes no decision for a row by anything after it, bit for bit, at the
+    same length; blocks then spend what the density has left by their turn, at least 32 keys each, so that the density
+    of a whole head differs from the one asked for.
+
+    Args:
+        density: share of the visible keys that is attended to, in (0, 1]; it must exceed what the near keys make, about
+            ``256 / n`` of a whole prompt.
+        error: or else the mean relative error of the output, ``||output - exact|| / ||exact||``, that each head is
+            brought to: measured exactly on 64 random rows of it, heads that miss it get more keys, in the end all of
+            them.  A target met on a sample, not a bound.  Rows are chosen among all of a prompt, so that
+            ``causal_selection`` is refused here.
+        seconds: or else the time that the call should take, by rates measured once in the process for the call's widths
+            and dtype.  Approximate: other work on the machine counts, and never fewer keys than one a block are listed.
+        rows: representative rows of a block, a divisor of 128.
+        causal_selection: decide by the first row of a block and ones before it, with a threshold for every block.
+        seed: of the draws, 0 .. 2**63 - 1.  Give layers different seeds, so that their errors are independent.
+
+    Raises:
+        ArgumentError: not exactly one of density, error and seconds, or a value out of range.
+
+    Source: threshold sampling (Duffield, Lund & Thorup 2007) of half-spaces, arXiv 2410.10165, for blocks of rows.
+    """
+
+    shared: ClassVar[bool] = True
+
+    density: float | None = None
+    error: float | None = None
+    seconds: float | None = None
+    rows: int = 8
+    causal_selection: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        asked = {name: getattr(self, name) for name in ("density", "error", "seconds")}
+        if sum(value is not None for value in asked.values()) != 1:
+            given = ", ".join(f"{name}={value}" for name, value in asked.items())
+            raise ArgumentError(f"BlockSampled needs one of density, error and seconds; got {given}")
+        for name, below in (("density", np.nextafter(1, 2)), ("error", math.inf), ("seconds", math.inf)):
+            if asked[name] is not None:
+                checks.real(name, asked[name], np.nextafter(0, 1), below)
+        if KEYS % checks.whole("rows", self.rows, 1, KEYS):
+            raise ArgumentError(f"rows must divide {KEYS}; got {self.rows}")
+        if not isinstance(self.causal_selection, bool):
+            raise ArgumentError(f"causal_selection must be True or False; got {self.causal_selection!r}")
+        if self.causal_selection and self.error is not None:
+            raise ArgumentError(
+                "causal_selection must be False with error, which is measured on rows of all the prompt"
+            )
+        checks.whole("seed", self.seed, 0, 2**63 - 1)
+
+    def tighter(self, n: int) -> BlockSampled | None:
+        """Twice the density, or half the error; None where all keys are next, and for a limit of time."""
+        if self.density is not None and self.density < 0.5:
+            return dataclasses.replace(self, density=2 * self.density)
+        if self.error is not None and self.error > 2e-3:
+            return dataclasses.replace(self, error=self.error / 2)
+        return None
+
+    def visited(self, edges: np.ndarray) -> np.ndarray:
+        """Every eligible key has a code."""
+        return edges
+
+    def answer(self, prompt: SharedPrompt) -> Answer:
+        """By whichever of density, error and seconds there is."""
+        heads, m, n = prompt.shape
+        if self.error is not None:
+            return self._within(self.error, prompt)
+        if self.density is not None:
+            budget(self.density, m, n)  # refuses one that the bands exceed
+        density = self._affordable(prompt) if self.density is None else self.density
+        return self._at(np.full(heads, density), prompt, starts(self.seed, heads, row_blocks(m)))
+
+    def _at(self, densities: np.ndarray, prompt: SharedPrompt, first: np.ndarray) -> Answer:
+        """Densities (H,), first (H, T) where the draws begin."""
+        draw = choose("key_lists", prompt.method)
+        arrays = prompt.q, prompt.k, prompt.v
+        return prompt.attended(draw(*arrays, densities, first, self.rows, self.causal_selection, prompt.scale))
+
+    def _affordable(self, prompt: SharedPrompt) -> float:
+        assert self.seconds is not None
+        widths = prompt.k.shape[2], prompt.v.shape[2]
+        rates = prompt_cost.rates(*widths, str(prompt.k.dtype), self.rows, prompt.method)
+        return prompt_cost.density_for(self.seconds, prompt.shape, rates)
+
+    def _within(self, error: float, prompt: SharedPrompt) -> Answer:
+        """Each head at the first of rising densities whose mean error on MEASURED rows is small enough."""
+        heads, m, n = prompt.shape
+        least, first = least_density(m, n), starts(self.seed, heads, row_blocks(m))
+        answer = self._at(np.full(heads, least + SHARE * (1 - least)), prompt, first)
+        rng = np.random.default_rng(self.seed)
+        for head in range(heads):
+            one, rows = prompt.of(head), rng.choice(m, min(MEASURED, m), replace=False)
+            seen = np.arange(n) <= n - m + rows[:, None]
+            exact = reference.dense(one.q[:, rows], one.k, one.v, Softmax(), one.scale, keep=seen)[0][0]
+            share = SHARE
+            while (found := _mean_error(answer.output[head, rows], exact)) > error and share < 1:
+                share = min(share * max(2.0, (found / error) ** FALL), 1.0)
+                better = self._at(np.array([least + share * (1 - least)]), one, first[head : head + 1])
+                for name, part in vars(better).items():
+                    getattr(answer, name)[head] = part[0]
+        return answer
+
+
+def _mean_error(output: np.ndarray, exact: np.ndarray) -> float:
+    """Relative errors of rows (s, dv), their mean; of a row that is exactly zero, 0 or infinite."""
+    off, size = np.linalg.norm(output - exact, axis=1), np.linalg.norm(exact, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.where(off == 0, 0.0, off / size).mean())

@@ -1,0 +1,193 @@
+"""What attention over shared lists of keys means, and how lists are drawn: plain numpy in float64, stage by stage.
+
+H query heads, head i reads key-value head ``i // (H / g)``; line ``head T + I`` is of head and block of rows.  The rest
+of the notation is `attention.key_lists`'s; products are scaled, ``s = scale <q, k>``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from attention.key_lists import KEYS, ROWS, KeyLists, budget, budgets, edges, representatives, row_blocks
+from hsr.lifted_numba import BITS, mixed
+
+CODES = 256
+STEPS = 8  # codes in an octave
+TOP = 223  # code of a key of importance 1 and typical value
+FARTHEST = 32  # most codes that a value adds or takes
+FIRST = 128  # values that tell what a typical one is
+
+
+def listed(q: np.ndarray, k: np.ndarray, v: np.ndarray, lists: KeyLists, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """q (H, m, d), k (g, n, d), v (g, n, dv) -> output (H, m, dv) in their dtype, log-sum-exp (H, m) float64.
+
+    Row i of block I attends to softmax over its tokens (log weights added to the scores), blocks, means (mean key and
+    mean value of a block, with log weight ln 128) and the band ``edge_I .. p_i``.
+    """
+    heads, m, n = len(q), q.shape[1], k.shape[1]
+    output, lse = np.empty((heads, m, v.shape[2])), np.empty((heads, m))
+    for line in range(heads * row_blocks(m)):
+        head, block = divmod(line, row_blocks(m))
+        source = head * len(k) // heads
+        keys, values = k[source].astype(np.float64), v[source].astype(np.float64)
+        single, whole, mean = lines_of(lists, line)
+        chosen = np.concatenate([single, (KEYS * whole[:, None] + np.arange(KEYS)).ravel()])
+        weights = np.zeros(len(chosen))
+        if lists.log_weights is not None:
+            weights[: len(single)] = lists.log_weights[lists.token_offsets[line] : lists.token_offsets[line + 1]]
+        for i in range(ROWS * block, min(m, ROWS * (block + 1))):
+            band = np.arange(edges(m, n)[block], n - m + i + 1)
+            every = np.concatenate([keys[chosen], pooled(keys)[mean], keys[band]])
+            what = np.concatenate([values[chosen], pooled(values)[mean], values[band]])
+            extra = np.concatenate([weights, np.full(len(mean), math.log(KEYS)), np.zeros(len(band))])
+            scores = scale * every @ q[head, i].astype(np.float64) + extra
+            shares = np.exp(scores - scores.max())
+            lse[head, i] = scores.max() + np.log(shares.sum())
+            output[head, i] = shares @ what / shares.sum()
+    return output.astype(q.dtype), lse
+
+
+def lines_of(lists: KeyLists, line: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, blocks and means of one line, int64."""
+    kinds = (
+        (lists.token_offsets, lists.tokens),
+        (lists.block_offsets, lists.blocks),
+        (lists.mean_offsets, lists.means),
+    )
+    single, whole, mean = (
+        np.empty(0, np.int64) if offsets is None else ids[offsets[line] : offsets[line + 1]].astype(np.int64)
+        for offsets, ids in kinds
+    )
+    return single, whole, mean
+
+
+def pooled(x: np.ndarray) -> np.ndarray:
+    """x (n, d) -> the mean of each whole block of 128 (n // 128, d) float64."""
+    whole = len(x) // KEYS
+    return x[: whole * KEYS].astype(np.float64).reshape(whole, KEYS, x.shape[1]).mean(axis=1)
+
+
+def value_codes(v: np.ndarray) -> np.ndarray:
+    """w_j: v (n, dv) -> how far each value lies from the typical one, in eighths of octaves: (n,) int8.
+
+    c is the mean of the first min(128, n) values, rms the root mean square of ``|v_j - c|`` over them.
+    """
+    v = v.astype(np.float64)
+    distance = np.sqrt(((v - v[:FIRST].mean(axis=0)) ** 2).sum(axis=1))
+    rms = np.sqrt((distance[:FIRST] ** 2).mean())
+    if rms == 0:
+        return np.zeros(len(v), np.int8)
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.clip(np.rint(STEPS * np.log2(distance / rms)), -FARTHEST, FARTHEST).astype(np.int8)
+
+
+def log_sums(q: np.ndarray, k: np.ndarray, block: int, sample: np.ndarray, scale: float) -> np.ndarray:
+    """L_r, the log-sum-exp that rows sample (R,) of q (m, d) have about, as block I sees k (n, d): (R,).
+
+    Exact scores of key block 0, if it is eligible; for later eligible blocks J, ``ln 128 +`` the score of their mean
+    key; exact scores of band keys up to the row's own position.
+    """
+    m, n = len(q), len(k)
+    edge = edges(m, n)[block]
+    found = np.empty(len(sample))
+    for r, row in enumerate(sample):
+        query = scale * q[row].astype(np.float64)
+        first = k[: min(edge, KEYS)] @ query
+        later = math.log(KEYS) + pooled(k[:edge])[1:] @ query
+        band = k[edge : max(n - m + row + 1, edge)] @ query
+        found[r] = np.logaddexp.reduce(np.concatenate([first, later, band]))
+    return found
+
+
+def codes(q: np.ndarray, k: np.ndarray, values: np.ndarray, block: int, sample: np.ndarray, scale: float) -> np.ndarray:
+    """Importance of the eligible keys of block I, in eighths of octaves: (edge_I,) uint8; values (n,) as `value_codes`.
+
+    ``p_rj = min(1, exp(s_rj - L_r))``, ``pb_rJ = min(1, 128 exp(scale <q_r, mean key of J> - L_r))``,
+    ``x_j = sqrt(mean_r p_rj^2) + mean_r pb_rJ(j) / 128``, ``code_j = clip(floor(8 log2 x_j) + w_j + 223, 0, 255)``.
+    """
+    edge = edges(len(q), len(k))[block]
+    base = log_sums(q, k, block, sample, scale)[:, None]
+    queries = scale * q[sample].astype(np.float64)
+    p = np.exp(np.minimum(queries @ k[:edge].astype(np.float64).T - base, 0.0))
+    whole = np.exp(np.minimum(math.log(KEYS) + queries @ pooled(k[:edge]).T - base, 0.0))
+    x = np.sqrt((p**2).mean(axis=0)) + np.repeat(whole.mean(axis=0), KEYS) / KEYS
+    with np.errstate(divide="ignore"):
+        return np.clip(np.floor(STEPS * np.log2(x)) + values[:edge] + TOP, 0, CODES - 1).astype(np.uint8)
+
+
+def threshold(histogram: np.ndarray, kept: float) -> float:
+    """T such that ``E(T) = sum_c histogram[c] min(1, 2^((c - T) / 8))`` is ``kept``; 0 where all keys are fewer.
+
+    For the smallest whole b with E(b) <= kept, N keys have codes of at least b and are certain; the others weigh
+    ``S = sum_{c < b} histogram[c] 2^(c / 8)``, and ``T = 8 log2(S / (kept - N))``, which exceeds b by rounding only.
+    """
+    c = np.arange(CODES)
+    for b in range(CODES + 1):
+        certain, rest = histogram[b:].sum(), (histogram[:b] * 2.0 ** (c[:b] / STEPS)).sum()
+        fits = certain + rest * 2.0 ** (-b / STEPS) <= kept
+        if b == 0 and fits:
+            return 0.0
+        if fits:
+            return float(min(STEPS * np.log2(rest / (kept - certain)), b)) if kept > certain else float(b)
+    return float(STEPS * np.log2(rest / kept))
+
+
+def chances(t: float) -> np.ndarray:
+    """u[c], the chance of a key of code c in units of 2^-24: (256,) int32, 1 .. 2^24."""
+    grain = 2.0**BITS
+    return np.clip(np.rint(grain * np.exp2((np.arange(CODES) - t) / STEPS)), 1, grain).astype(np.int32)
+
+
+def start(seed: int, head: int, block: int) -> int:
+    """Where a line's systematic draw begins, 0 .. 2^24 - 1."""
+    first = mixed(np.uint32(seed & 0xFFFFFFFF) ^ mixed(np.uint32((seed >> 32) + 1)))
+    second = mixed(first ^ mixed(np.uint32(head + 0x9E3779B9)))
+    return int(mixed(second ^ mixed(np.uint32(block + 0x9E3779B9)))) >> (32 - BITS)
+
+
+def draw(found: np.ndarray, u: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (edge,) uint8, chances (256,) int32 and a start -> tokens (t,) int32, log weights (t,) float32.
+
+    With C_j the sum of chances up to key j, its own included, ``slot_j = (first + C_j) >> 24``; key j is listed where
+    the slot rises, with log weight ``-ln(u / 2^24)``.
+    """
+    slots = (first + np.cumsum(u[found], dtype=np.int64)) >> BITS
+    tokens = np.flatnonzero(np.diff(slots, prepend=0)).astype(np.int32)
+    return tokens, (-np.log(u / 2.0**BITS)).astype(np.float32)[found[tokens]]
+
+
+def key_lists(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    densities: np.ndarray,
+    starts: np.ndarray,
+    rows: int,
+    causal: bool,
+    scale: float,
+) -> KeyLists:
+    """q (H, m, d), k (g, n, d), v (g, n, dv), densities (H,), starts (H, T) as `start` -> tokens with log weights.
+
+    One threshold for all blocks of a head; where causal, one per block, from the codes and the budget of the blocks up
+    to it.
+    """
+    heads, m, n = len(q), q.shape[1], k.shape[1]
+    sample = representatives(m, rows, causal)
+    blocks = range(row_blocks(m))
+    parts = []
+    for head in range(heads):
+        source = head * len(k) // heads
+        values = value_codes(v[source])
+        found = [codes(q[head], k[source], values, i, sample[i], scale) for i in blocks]
+        histograms = np.array([np.bincount(line, minlength=CODES) for line in found])
+        if causal:
+            sums = np.cumsum(histograms, axis=0)
+            thresholds = [threshold(sums[i], budgets(densities[head], m, n)[i]) for i in blocks]
+        else:
+            thresholds = [threshold(histograms.sum(axis=0), budget(densities[head], m, n))] * len(blocks)
+        parts += [draw(found[i], chances(thresholds[i]), int(starts[head, i])) for i in blocks]
+    tokens, weights = ([part[i] for part in parts] for i in range(2))
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in tokens])]).astype(np.int64)
+    return KeyLists(offsets, np.concatenate(tokens), np.concatenate(weights))
