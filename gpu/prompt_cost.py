@@ -13,7 +13,7 @@ import torch
 from attention.key_lists import ROWS, bands, edges, ends, least_density, row_blocks
 from gpu import listed
 
-LENGTHS, HEADS, GROUPS = (2048, 8192), 32, 8  # of the prompts that are timed
+LENGTHS, HEADS, GROUPS = (2048, 16384), 32, 8  # of the prompts that are timed
 DENSITY = 0.25
 TAKES = 5
 
