@@ -4,8 +4,7 @@ SmolLM2 reads the essays, longer prompts with its RoPE scaled; all layers, all p
 ``token-oracle``, ``pooled-blocks`` and ``vertical-slash`` are `benchmarks.prefill_oracles`' rules, their weights
 renormalised over what they keep; ``sampled-4``, ``sampled-8`` and ``sampled-8-causal`` are ours, with so many
 representative rows.  Every method chooses over the whole prompt of a head; errors are those of every STRIDE-th block of
-128 rows, the last one among them.  On a CPU tensors are float32, and ours are what `attention.prefill` does with
-`BlockSampled`; on a GPU float16, and ours `gpu.block_sampled` and `gpu.listed`; exact attention is float32, over the
+128 rows, the last one among them.  On a CPU tensors are float32, on a GPU float16; exact attention is float32 over the
 same numbers.
 
 ``rel_err`` is the mean over heads and rows of ``||out - exact|| / ||exact||``, ``rel_err_median`` the median;
@@ -152,7 +151,7 @@ def judged(head: Head, kept: dict[Setting, torch.Tensor], outputs: dict[Setting,
         chosen = sets[block, :keys].float()
         mass = weights @ chosen  # (128, settings)
         values = (chosen[:, alone, None] * head.v[:keys, None]).flatten(1)
-        sums = (weights @ values).unflatten(1, (len(alone), -1)) / mass[:, alone, None]
+        sums = (weights @ values).unflatten(1, (len(alone), head.v.shape[1])) / mass[:, alone, None]
         found = torch.empty(KEYS, len(kept), head.v.shape[1], device=exact.device)
         found[:, alone] = sums
         for place, setting in enumerate(kept):
@@ -168,21 +167,30 @@ def judged(head: Head, kept: dict[Setting, torch.Tensor], outputs: dict[Setting,
 
 
 def drawn(prompt: Prompt, density: float, rows: int, causal: bool, seed: int) -> Drawn:
-    """Ours, of a layer."""
-    h, n, d = prompt.q.shape
-    if prompt.q.is_cuda:
-        from gpu import block_sampled, listed
+    """Ours, of a layer, in the form of its device."""
+    form = drawn_on_gpu if prompt.q.is_cuda else drawn_on_cpu
+    return form(prompt, density, rows, causal, seed)
 
-        q, k, v = (part[None] for part in prompt)
-        lists = block_sampled.key_lists(
-            q, k, v, density=density, rows=rows, causal_selection=causal, seed=seed, scale=d**-0.5
-        )
-        return Drawn(listed.attend(q, k, v, lists, d**-0.5)[0][0], lists)
-    arrays = [part.numpy() for part in prompt]
-    blocks = row_blocks(n)
+
+def drawn_on_gpu(prompt: Prompt, density: float, rows: int, causal: bool, seed: int) -> Drawn:
+    """By the kernels, for float16 and bfloat16."""
+    from gpu import block_sampled, listed
+
+    q, k, v = (part[None] for part in prompt)
+    scale = q.shape[3] ** -0.5
+    lists = block_sampled.key_lists(
+        q, k, v, density=density, rows=rows, causal_selection=causal, seed=seed, scale=scale
+    )
+    return Drawn(listed.attend(q, k, v, lists, scale)[0][0], lists)
+
+
+def drawn_on_cpu(prompt: Prompt, density: float, rows: int, causal: bool, seed: int) -> Drawn:
+    """As `attention.prefill` does with `attention.BlockSampled`, which does not show its lists."""
+    q, k, v = (part.numpy() for part in prompt)
+    h, n, d = q.shape
     select, attend = choose("key_lists", "numba"), choose("listed", "numba")
-    lists = select(*arrays, np.full(h, density), starts(seed, h, blocks), rows, causal, d**-0.5)
-    output = torch.from_numpy(attend(*arrays, lists, d**-0.5)[0]).float()
+    lists = select(q, k, v, np.full(h, density), starts(seed, h, row_blocks(n)), rows, causal, d**-0.5)
+    output = torch.from_numpy(attend(q, k, v, lists, d**-0.5)[0])
     return Drawn(output, KeyLists(torch.from_numpy(lists.token_offsets), torch.from_numpy(lists.tokens)))
 
 
