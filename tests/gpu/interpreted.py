@@ -18,3 +18,15 @@ DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.gpu)]
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(HERE)
+
+
+@pytest.fixture
+def poisoned_allocations(monkeypatch):
+    """Outputs and scratch begin as NaN or as a sentinel: what a kernel leaves out shows."""
+    empty = torch.empty
+
+    def poisoned(*shape, **kind):
+        found = empty(*shape, **kind)
+        return found.fill_(torch.nan if found.is_floating_point() else 113)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
