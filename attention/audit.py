@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from attention.audit_rows import Kept, Prompt, attended, prompt_of
+from attention.audit_rows import Kept, Prompt, prompt_of
 from attention.engine import is_policy, is_shared
 from attention.finite_population import upper_mean, upper_mean_of_strata, upper_share
 from attention.policies import Certified, Dense
@@ -181,7 +181,8 @@ def audit(
     if any(limit is not None for limit in limits.values()):
         raise ArgumentError(f"max_dropped, max_error and max_exceeding must be None without escalate; got {limits}")
     # codes are fitted to all queries of a call, and blocks of rows share keys
-    alike = getattr(chosen, "bytes_per_key", None) is None and not is_shared(chosen)
+    far = getattr(getattr(q, "device", None), "type", "cpu") != "cpu"  # where policies are served on whole prompts
+    alike = getattr(chosen, "bytes_per_key", None) is None and not is_shared(chosen) and not far
     return look.at(chosen, chosen if alike else _answered(chosen, prompt), delta)
 
 
@@ -199,10 +200,8 @@ class _Look:
         heads, m = self.prompt.limits.shape
         size = min(self.size, m)
         rows = np.array([self.rng.choice(m, size, replace=False) for _ in range(heads)])  # (H, s), in random order
-        output, lse = attended(given, self.prompt, rows)
-        exact, exact_lse = (
-            np.array(x) for x in zip(*(self.prompt.exact(i, rows[i]) for i in range(heads)), strict=True)
-        )
+        output, lse = self.prompt.attended(given, rows)
+        exact, exact_lse = self.prompt.exact(rows)
         dropped, error = _sums_error(lse, exact_lse), _relative_error(output, exact)
         leading = tuple(self.prompt.q.shape[:-2])
         return Audit(
@@ -266,7 +265,7 @@ def _ladder(selection: Any, prompt: Prompt) -> Iterator[Any]:
     exact = Dense() if isinstance(prompt.weight, Softmax) else None
     yield selection
     tighter = selection
-    while (step := getattr(tighter, "tighter", None)) and (tighter := step(prompt.keys.shape[1])) is not None:
+    while (step := getattr(tighter, "tighter", None)) and (tighter := step(prompt.n)) is not None:
         yield tighter
     if selection != exact:
         yield exact

@@ -14,6 +14,7 @@ from attention.result import Result
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex, Report, checks
+from hsr.backend import preferred
 from hsr.errors import ArgumentError
 
 
@@ -63,12 +64,26 @@ class Prompt:
     values: Values  # of (G, n, dv)
     limits: np.ndarray  # (H, m); keys each row sees
 
-    def exact(self, head: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Output (s, dv) and log-sum-exp (s,) of some rows of one head, by the definition."""
-        seen = np.arange(self.keys.shape[1]) < self.limits[head, rows, None]
+    @property
+    def n(self) -> int:
+        """Keys."""
+        return int(self.keys.shape[1])
+
+    def exact(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Output (H, s, dv) and log-sum-exp (H, s) of some rows (H, s), by the definition."""
+        found = [self._exact(head, chosen) for head, chosen in enumerate(rows)]
+        output, lse = (np.array(part) for part in zip(*found, strict=True))
+        return output, lse
+
+    def _exact(self, head: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        seen = np.arange(self.n) < self.limits[head, rows, None]
         queries, keys, values = self.of(head)
         output, lse = reference.dense(queries[None, rows], keys[None], values[None], self.weight, self.scale, keep=seen)
         return output[0], lse[0]
+
+    def attended(self, selection: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Output (H, s, dv) float64 and log-sum-exp (H, s) of rows (H, s), by a policy, a result or kept keys."""
+        return attended(selection, self, rows)
 
     def of(self, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Queries (m, d) of one head, and the keys (n, d) and values (n, dv) that it reads."""
@@ -77,8 +92,12 @@ class Prompt:
 
 
 def prompt_of(q: Any, k: Any, v: Any, causal: bool, weight: Softmax | ReLUPower, scale: float | None) -> Prompt:
-    """The arguments, if they fit each other."""
+    """The arguments, if they fit each other; tensors on a GPU make a `gpu.audited.CudaPrompt`, which looks alike."""
     Plan(weight, None, scale)
+    device = getattr(getattr(q, "device", None), "type", "cpu")
+    if device != "cpu":
+        made: Prompt = preferred("audited", device=device, causal=causal, weight=weight)(q, k, v, causal, weight, scale)
+        return made
     queries, keys, _, limits = prompt_arrays(q, k, v, causal)
     values = Values(fold("v", v))
     factor = keys.shape[2] ** -0.5 if scale is None else float(scale)

@@ -1,4 +1,21 @@
-"""Sparse prefill: blocks of 128 rows share keys that are drawn by importance, with one threshold for a head."""
+"""Sparse prefill: blocks of 128 rows share keys that are drawn by importance, with one threshold for a head.
+
+What real heads say (SmolLM2, 8192 tokens, 33 heads of 10 layers, every eighth block, a tenth of the pairs): errors over
+those of the best 128 x 128 blocks of each head by true mass, 0.31 as it stands and
+
+- 0.35 with 4 representative rows, 0.29 with 16; rows far from the block's mean or from each other do no better;
+- 0.30 with exact log-sums, which cost a second pass over the keys; 0.50 where the first key block, which holds the sink,
+  counts by its mean key, too;
+- 0.35 with the mean key's share of all 128 rows instead of the representatives'; 0.41 with the block's mass by their
+  exact scores instead of its mean key; 0.87 without any share of the block's: then keys that the representatives do not
+  need are drawn too seldom for the rows that do;
+- 0.33 without the values' distances;
+- 0.63 against 0.48 (by predicted variance) where weights are smeared along diagonals, for heads that look back by a fixed
+  distance: they gain less than the others lose;
+- 0.40 with a causal selection.
+
+Heavy blocks taken whole would be a choice of their own; drawn by the same importance their keys are certain anyway.
+"""
 
 from __future__ import annotations
 

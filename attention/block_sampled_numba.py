@@ -14,7 +14,7 @@ from numba.extending import overload
 
 from attention.chances import chances, head_thresholds, lengths, log_weights
 from attention.key_lists import KEYS, KeyLists, edges, representatives
-from attention.listed_reference import CODES, FARTHEST, FIRST, STEPS, TOP, pooled
+from attention.listed_reference import CODES, FARTHEST, FIRST, ONE, STEPS, TOP, pooled
 from hsr.exp_block import FAST, exp32
 from hsr.lifted_numba import BITS
 
@@ -97,11 +97,12 @@ def _encode(q, k, pools, values, sample, rate, edge, threads, codes, histograms)
                 for r in range(rows):
                     shared += math.exp(min(LN_KEYS + means[r, whole] - base[r], 0.0))
                     _add_squares(scores[r, whole * KEYS : (whole + 1) * KEYS], base[r], x)
-                extra = q.dtype.type(shared / (rows * KEYS))
+                extra = q.dtype.type((shared / (rows * KEYS)) ** 2)
                 for j in range(KEYS):
                     key = whole * KEYS + j
-                    octaves = STEPS * np.log2(np.sqrt(x[j] * (one / q.dtype.type(rows))) + extra)
-                    code = np.uint8(min(max(np.floor(octaves) + values[key] + TOP, 0), CODES - 1))
+                    square = np.float32(x[j] * (one / q.dtype.type(rows)) + extra)
+                    eighths = (square.view(np.int32) >> 21) - ONE
+                    code = np.uint8(min(max(eighths + values[key] + TOP, 0), CODES - 1))
                     codes[block, key] = code
                     histograms[block, code] += 1
 

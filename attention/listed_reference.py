@@ -16,6 +16,7 @@ from hsr.lifted_numba import BITS, mixed
 CODES = 256
 STEPS = 8  # codes in an octave
 TOP = 223  # code of a key of importance 1 and typical value
+ONE = 508  # the bits of 1.0 as float32, without the last 21
 FARTHEST = 32  # most codes that a value adds or takes
 FIRST = 128  # values that tell what a typical one is
 
@@ -105,16 +106,18 @@ def codes(q: np.ndarray, k: np.ndarray, values: np.ndarray, block: int, sample: 
     """Importance of the eligible keys of block I, in eighths of octaves: (edge_I,) uint8; values (n,) as `value_codes`.
 
     ``p_rj = min(1, exp(s_rj - L_r))``, ``pb_rJ = min(1, 128 exp(scale <q_r, mean key of J> - L_r))``,
-    ``x_j = sqrt(mean_r p_rj^2) + mean_r pb_rJ(j) / 128``, ``code_j = clip(floor(8 log2 x_j) + w_j + 223, 0, 255)``.
+    ``x_j^2 = mean_r p_rj^2 + (mean_r pb_rJ(j) / 128)^2``.  The code is ``8 log2 x_j`` but for ``log2`` being linear
+    between powers of two of ``x_j^2``: the bits of that float32 without the last 21, which cost no logarithm; with
+    ``w_j + 223``, clipped to 0 .. 255.
     """
     edge = edges(len(q), len(k))[block]
     base = log_sums(q, k, block, sample, scale)[:, None]
     queries = scale * q[sample].astype(np.float64)
     p = np.exp(np.minimum(queries @ k[:edge].astype(np.float64).T - base, 0.0))
     whole = np.exp(np.minimum(math.log(KEYS) + queries @ pooled(k[:edge]).T - base, 0.0))
-    x = np.sqrt((p**2).mean(axis=0)) + np.repeat(whole.mean(axis=0), KEYS) / KEYS
-    with np.errstate(divide="ignore"):
-        return np.clip(np.floor(STEPS * np.log2(x)) + values[:edge] + TOP, 0, CODES - 1).astype(np.uint8)
+    squares = (p**2).mean(axis=0) + (np.repeat(whole.mean(axis=0), KEYS) / KEYS) ** 2
+    eighths = (squares.astype(np.float32).view(np.int32) >> 21) - ONE
+    return np.clip(eighths + values[:edge] + TOP, 0, CODES - 1).astype(np.uint8)
 
 
 def threshold(histogram: np.ndarray, kept: float) -> float:

@@ -13,6 +13,7 @@ from attention.sampled import Sampled
 from attention.shared_prompt import attend_prompt
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
+from hsr.backend import preferred
 
 PAIRS = 1 << 24  # (row, key) pairs attended at a time, over all heads: bounds the memory of a report
 
@@ -31,7 +32,7 @@ def prefill(
     """Attention of a prompt's rows over its keys.
 
     Args:
-        q: (h, m, d) or (B, h, m, d).
+        q: (h, m, d) or (B, h, m, d); on a GPU for what a row ``prompt`` of the table serves, see `gpu.prompt`.
         k: (g, n, d) or (B, g, n, d), h a multiple of g.
         v: (g, n, dv) or (B, g, n, dv).
         causal: row i sees the keys up to ``i + n - m`` (bottom-right aligned, so m < n continues a cached prefix).
@@ -46,6 +47,11 @@ def prefill(
     Raises:
         ArgumentError: as for `decode`; also causal with m > n, whose first rows would see no key.
     """
+    device = getattr(getattr(q, "device", None), "type", "cpu")
+    if device != "cpu":
+        run = preferred("prompt", device=device, policy=policy, weight=weight, causal=causal)
+        answer: Result = run(q, k, v, policy, scale)
+        return answer
     if isinstance(policy, BlockSampled | Listed):
         return attend_prompt(policy, q, k, v, causal=causal, weight=weight, scale=scale, method=method)
     plan = Plan(weight, policy, scale)

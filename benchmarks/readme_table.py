@@ -16,11 +16,14 @@ from hsr.backend import ROWS, methods
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-INDEX, DECODE_CPU, DECODE_GPU = (RESULTS / f"{case}.json" for case in ("index", "decode-cpu", "decode-gpu"))
+INDEX, DECODE_CPU, DECODE_GPU, PREFILL_GPU = (
+    RESULTS / f"{case}.json" for case in ("index", "decode-cpu", "decode-gpu", "prefill-gpu")
+)
 SETTING = ("n", "d", "reported")
 SHAPE, SAMPLED = "llama-3.1-8b", ("sampled-48B+append", "sampled-32B+append", "sampled-16B+append")
 GPU_POLICIES = ("fast", "quality")
 GPU_LENGTHS = (8192, 32768, 131072, 1048576)
+PREFILL_LENGTHS = (8192, 32768, 131072, 524288)
 CERTAIN = 68  # sinks and recent keys beside the GPU's list
 
 
@@ -31,8 +34,13 @@ def main() -> None:
 
 def blocks() -> dict[str, str]:
     """Name of a block -> what belongs in it."""
-    index, cpu, gpu = (json.loads(path.read_text()) for path in (INDEX, DECODE_CPU, DECODE_GPU))
-    return {"methods": methods_table(), "performance": performance(index), "decode": decode(cpu, gpu)}
+    index, cpu, gpu, prompts = (json.loads(path.read_text()) for path in (INDEX, DECODE_CPU, DECODE_GPU, PREFILL_GPU))
+    return {
+        "methods": methods_table(),
+        "performance": performance(index),
+        "decode": decode(cpu, gpu),
+        "prefill": prefill(prompts),
+    }
 
 
 def inserted(text: str, contents: Mapping[str, str]) -> str:
@@ -96,6 +104,30 @@ def decode(cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
         f"{gpu['commit'][:10]}, `{gpu['command']}`.  Errors are means, relative to the output.  "
         f"Other shapes gain less: down to {_least(cpu):.1f}x on the CPU (d = 64) and {_least(gpu):.1f}x on the GPU."
     )
+
+
+def prefill(gpu: Mapping[str, Any]) -> str:
+    """A prompt's attention at Llama-3.1-8B's shape on a GPU, over sampled keys and dense."""
+    sampled = [row for row in gpu["rows"] if row["method"].startswith("sampled") and row["speedup"]]
+    lines = [
+        (
+            f"{row['n']:,}", f"{row['density']:.0%}", _ms(row["dense_best_ms"]), _ms(row["total_ms"]),
+            f"{row['select_ms'] / row['total_ms']:.0%}", f"{row['speedup']:.1f}x", f"{row['rel_err']:.1%}",
+        )
+        for row in sampled
+        if row["d"] == 128 and row["n"] in PREFILL_LENGTHS and row["method"] == "sampled-4"
+    ]  # fmt: skip
+    return (
+        _markdown(("n", "density", "dense", "sampled", "of it selection", "speed-up", "error"), lines)
+        + "\n\nA prompt's causal attention, 32 query heads over 8 key-value heads, d = 128, bfloat16, 4 representative "
+        f"rows a block.  {gpu['device']}, synthetic heads, the fastest of cuDNN and FlashAttention 2 and 3, commit "
+        f"{gpu['commit'][:10]}, `{gpu['command']}`.  Other shapes and settings gain less: down to "
+        f"{min(row['speedup'] for row in sampled):.1f}x (d = 64, 4,096 tokens), which is left to a dense kernel."
+    )
+
+
+def _ms(time: float) -> str:
+    return f"{time:,.0f} ms" if time >= 100 else f"{time:.3g} ms"
 
 
 def _least(measured: Mapping[str, Any]) -> float:

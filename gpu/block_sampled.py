@@ -1,9 +1,8 @@
 """Keys that blocks of query rows share, drawn by importance: `attention.block_sampled` on the GPU.
 
-Six launches and a cumulative sum.  `pool` reads keys and values once; `normalise` finds what the representative rows'
-weights sum to, from mean keys; `code` scores every key against every representative row and keeps a byte of it, its
-importance in eighths of octaves; `count`, `threshold` and `draw` need no more than these bytes.  Codes, budgets and
-draws are defined in `attention.listed_reference`.  Nothing waits for the host.
+Seven launches and a cumulative sum.  The kernels of `gpu.importance` keep a byte of every key for every block of rows,
+its importance in eighths of octaves; `count`, `threshold`, `size` and `draw` need no more than these bytes.  Codes,
+budgets and draws are defined in `attention.listed_reference`.
 """
 
 from __future__ import annotations
@@ -17,163 +16,12 @@ import triton.language as tl
 
 from attention.key_lists import KEYS, ROWS, KeyLists, budget, budgets, edges, row_blocks
 from gpu import hopper
-from gpu.codes import LOG2E, mixed
+from gpu.codes import UNIT, mixed
+from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool
 from gpu.sampled import seed_word
 
 LN2 = tl.constexpr(0.6931471805599453)
-LEVELS = tl.constexpr(256)  # codes
-MIDDLE = tl.constexpr(223)  # the code of importance 1
-EIGHTHS = tl.constexpr(8.0)  # steps of an octave
-UNIT = tl.constexpr(24)  # chances are multiples of 2 ** -UNIT
-ONE = tl.constexpr(2.0**24)
-FARTHEST = tl.constexpr(32.0)  # a value's distance counts within 2 ** (+-FARTHEST / EIGHTHS) of the typical one
-
-
-@triton.jit
-def pool(
-    K, V, MEANS, FAR, k_b, k_h, k_n, v_b, v_h, v_n, keys, groups, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr
-):  # fmt: skip
-    """Grid (blocks of KEYS keys, B * groups): MEANS (B * groups, keys // KEYS, D), mean keys of whole blocks in K's
-    dtype; FAR (B * groups, keys up to whole blocks) int8, every value's distance from the first block's mean, in eighths of octaves of
-    what is typical there."""
-    block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    batch = head // groups
-    inner = head % groups
-    d = tl.arange(0, D)
-    e = tl.arange(0, DV)
-    o = tl.arange(0, KEYS)
-    j = block * KEYS + o
-    v_base = V + batch * v_b + inner * v_h
-    near = tl.minimum(keys, KEYS)
-    first = tl.load(v_base + o.to(tl.int64)[:, None] * v_n + e[None, :], mask=o[:, None] < near, other=0.0)
-    first = first.to(tl.float32)
-    centre = tl.sum(first, 0) / near
-    typical = tl.sum(tl.where(o < near, tl.sum((first - centre[None, :]) * (first - centre[None, :]), 1), 0.0), 0) / near
-    v = tl.load(v_base + j.to(tl.int64)[:, None] * v_n + e[None, :], mask=j[:, None] < keys, other=0.0).to(tl.float32)
-    square = tl.sum((v - centre[None, :]) * (v - centre[None, :]), 1)
-    octaves = (tl.log2(tl.maximum(square, 1e-38)) - tl.log2(tl.maximum(typical, 1e-38))) * (EIGHTHS / 2)
-    far = tl.where(typical > 0, tl.minimum(tl.maximum(tl.floor(octaves + 0.5), -FARTHEST), FARTHEST), 0.0)
-    tl.store(FAR + head * (tl.num_programs(0) * KEYS) + j, far.to(tl.int8))
-    if (block + 1) * KEYS <= keys:
-        k = tl.load(K + batch * k_b + inner * k_h + j.to(tl.int64)[:, None] * k_n + d[None, :]).to(tl.float32)
-        mean = tl.sum(k, 0) / KEYS
-        tl.store(MEANS + (head * (keys // KEYS) + block) * D + d, mean.to(MEANS.dtype.element_ty))
-
-
-@triton.jit
-def _representative(line, r, rows, R: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
-    """Row r of those that speak for a block of rows."""
-    if CAUSAL:
-        row = tl.maximum(line * ROWS - r * (ROWS // R), 0)
-    else:
-        row = tl.minimum(line * ROWS + (2 * r + 1) * (ROWS // 2) // R, rows - 1)
-    return row
-
-
-@triton.jit
-def _joined(m, total, s):
-    """Running maximum and sum of base-2 powers with scores s (M, N) more; -inf adds nothing."""
-    higher = tl.maximum(m, tl.max(s, 1))
-    anchor = tl.where(higher == -float("inf"), 0.0, higher)
-    return higher, total * tl.exp2(m - anchor) + tl.sum(tl.exp2(s - anchor[:, None]), 1)
-
-
-@triton.jit
-def normalise(
-    Q, K, MEANS, SUMS, SHARES, q_b, q_h, q_m, k_b, k_h, k_n, rows, keys, heads, first_head, lines, scale,
-    G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Grid (groups of LINES lines, heads at work): SUMS (heads at work, lines, R) float32, base-2 log-sums of the
-    representative rows' weights; exact over the first key block and over the band, from mean keys elsewhere.  SHARES
-    (heads at work, keys // KEYS, lines) float32: per key of a block, the mean of the rows' shares of weight by its mean
-    key; written where the block is eligible."""
-    group = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)  # of those at work
-    batch = (first_head + head) // heads
-    inner = (first_head + head) % heads
-    c = tl.arange(0, LINES * R)
-    d = tl.arange(0, D)
-    o = tl.arange(0, KEYS)
-    shift = keys - rows
-    of = group * LINES + c // R
-    row = tl.minimum(_representative(of, c % R, rows, R, ROWS, CAUSAL), rows - 1)
-    edge = (shift + of * ROWS) // KEYS * KEYS
-    position = shift + row
-    q = tl.load(Q + batch * q_b + inner * q_h + row.to(tl.int64)[:, None] * q_m + d[None, :])
-    k_base = K + batch * k_b + (inner // G) * k_h
-    factor = scale * LOG2E
-    m = tl.full((LINES * R,), -float("inf"), tl.float32)
-    total = tl.zeros((LINES * R,), tl.float32)
-    begin = (shift + group * LINES * ROWS) // KEYS * KEYS
-    for at in tl.range(begin - KEYS, tl.max(position, 0) + 1, KEYS):
-        first = tl.where(at < begin, 0, at)  # the first key block, then the bands
-        j = first + o
-        k = tl.load(k_base + j.to(tl.int64)[:, None] * k_n + d[None, :], mask=j[:, None] < keys, other=0.0)
-        s = tl.dot(q, tl.trans(k)) * factor
-        band = (j[None, :] >= edge[:, None]) & (j[None, :] <= position[:, None]) & (at >= begin)
-        s = tl.where(band | ((at < begin) & (edge >= KEYS)[:, None]), s, -float("inf"))
-        m, total = _joined(m, total, s)
-    whole = keys // KEYS
-    most = tl.max(edge, 0) // KEYS
-    means = MEANS + (batch * (heads // G) + inner // G) * whole * D
-    for at in tl.range(0, most, KEYS):
-        J = at + o
-        mean = tl.load(means + J[:, None] * D + d[None, :], mask=J[:, None] < whole, other=0.0)
-        s = tl.dot(q, tl.trans(mean)) * factor + tl.log2(KEYS * 1.0)
-        eligible = (J > 0)[None, :] & ((J + 1)[None, :] * KEYS <= edge[:, None])
-        m, total = _joined(m, total, tl.where(eligible, s, -float("inf")))
-    log = m + tl.log2(total)
-    tl.store(SUMS + (head * lines + of) * R + c % R, log, mask=of < lines)
-    line = group * LINES + tl.arange(0, LINES)
-    for at in tl.range(0, most, KEYS):
-        J = at + o
-        mean = tl.load(means + J[:, None] * D + d[None, :], mask=J[:, None] < whole, other=0.0)
-        s = tl.dot(q, tl.trans(mean)) * factor + tl.log2(KEYS * 1.0) - log[:, None]
-        share = tl.sum(tl.reshape(tl.exp2(tl.minimum(s, 0.0)), (LINES, R, KEYS)), 1) / (R * KEYS)
-        to = SHARES + (head * whole + J)[None, :] * lines + line[:, None]
-        tl.store(to, share, mask=(J[None, :] < whole) & (line[:, None] < lines))
-
-
-@triton.jit
-def code(
-    Q, K, SUMS, SHARES, FAR, CODES, q_b, q_h, q_m, k_b, k_h, k_n, rows, keys, heads, first_head, lines, room, scale,
-    G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Grid (groups of LINES lines, heads at work): CODES (heads at work, lines, room) uint8 of every eligible key."""
-    group = tl.num_programs(0) - 1 - tl.program_id(0)  # those with most keys first
-    head = tl.program_id(1).to(tl.int64)  # of those at work
-    batch = (first_head + head) // heads
-    inner = (first_head + head) % heads
-    c = tl.arange(0, LINES * R)
-    line = group * LINES + tl.arange(0, LINES)
-    d = tl.arange(0, D)
-    o = tl.arange(0, KEYS)
-    shift = keys - rows
-    of = group * LINES + c // R
-    here = of < lines
-    row = tl.minimum(_representative(of, c % R, rows, R, ROWS, CAUSAL), rows - 1)
-    edge = (shift + line * ROWS) // KEYS * KEYS
-    q = tl.load(Q + batch * q_b + inner * q_h + row.to(tl.int64)[:, None] * q_m + d[None, :])
-    log = tl.load(SUMS + (head * lines + of) * R + c % R, mask=here, other=float("inf"))
-    k_base = K + batch * k_b + (inner // G) * k_h
-    far_base = FAR + (batch * (heads // G) + inner // G) * (tl.cdiv(keys, KEYS) * KEYS)
-    factor = scale * LOG2E
-    most = tl.max(tl.where(line < lines, edge, 0), 0)
-    for first in tl.range(0, most, KEYS, num_stages=STAGES):
-        j = first + o
-        k = tl.load(k_base + j.to(tl.int64)[:, None] * k_n + d[None, :])
-        s = tl.dot(k, tl.trans(q)) * factor - log[None, :]
-        square = tl.exp2(2.0 * tl.minimum(s, 0.0))
-        share = tl.load(SHARES + (head * (keys // KEYS) + first // KEYS) * lines + line, mask=line < lines, other=0.0)
-        x = tl.sqrt(tl.sum(tl.reshape(square, (KEYS, LINES, R)), 2) / R) + share[None, :]
-        far = tl.load(far_base + j).to(tl.float32)
-        found = tl.floor(tl.log2(tl.maximum(x, 1e-37)) * EIGHTHS) + far[:, None] + MIDDLE
-        found = tl.minimum(tl.maximum(found, 0.0), LEVELS - 1.0).to(tl.uint8)
-        to = CODES + (head * lines + line)[None, :] * room + j[:, None]
-        tl.store(to, found, mask=(line[None, :] < lines) & (first < edge[None, :]))
+ONE = tl.constexpr(2.0**24)  # a chance of 1, in units of 2 ** -UNIT
 
 
 @triton.jit
@@ -196,7 +44,8 @@ def threshold(HISTOGRAMS, BUDGETS, CHANCES):
     """Grid (tables,): a table's HISTOGRAMS (LEVELS,) float64 and BUDGETS () float64 -> CHANCES (LEVELS,) int32.
 
     Chances in units of 2 ** -UNIT: 1 from some code on, falling by an eighth of an octave a code below it, such that
-    the budget is what is drawn on average."""
+    the budget is what is drawn on average.
+    """
     at = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, LEVELS)
     many = tl.load(HISTOGRAMS + at * LEVELS + c)
@@ -217,8 +66,11 @@ def threshold(HISTOGRAMS, BUDGETS, CHANCES):
 
 @triton.jit(do_not_specialize=["seed"])
 def size(HISTOGRAMS, CHANCES, STARTS, LENGTHS, seed, first_head, lines, tables):
-    """Grid (lines, heads at work): STARTS (heads at work, lines) int32, where a draw begins within a unit; LENGTHS (heads at work,
-    lines) int64, the keys that it will list.  A head has ``tables`` of chances, one or one per line."""
+    """Grid (lines, heads at work): STARTS (heads at work, lines) int32, where a draw begins within a unit.
+
+    LENGTHS (heads at work, lines) int64: the keys that it will list.  A head has ``tables`` of chances, one or one per
+    line.
+    """
     line = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, LEVELS)
@@ -238,7 +90,8 @@ def draw(
 ):  # fmt: skip
     """Grid (lines, heads at work): a systematic draw along a line's keys; OFFSETS (heads * lines + 1,) say where to.
 
-    A key is listed where the sum of chances passes a whole number, at the place that this number says."""
+    A key is listed where the sum of chances passes a whole number, at the place that this number says.
+    """
     line = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     edge = (shift + line * ROWS) // KEYS * KEYS
@@ -287,7 +140,7 @@ def key_lists(
         k: (B, g, n, d).
         v: (B, g, n, dv), dv a power of two.
         density: of all pairs, as `attention.key_lists.KeyLists.densities` has it.
-        rows: representative rows of a block, a power of two up to 16.
+        rows: representative rows of a block, a power of two up to 128; fastest from 2 to 16.
         causal_selection: whether nothing after a row may bear on what it attends to.
         seed: of the draw.
         scale: of the scores.
@@ -298,8 +151,8 @@ def key_lists(
     Raises:
         ArgumentError: a density that the bands alone exceed.
     """
-    B, h, m, d = q.shape
-    g, n = k.shape[1:3]
+    B, h, m = q.shape[:3]
+    n = k.shape[2]
     heads, T, device = B * h, row_blocks(m), q.device
     room = int(edges(m, n)[-1])
     plan = _Plan(q, k, v, rows, causal_selection, scale, T, room)
@@ -351,10 +204,26 @@ class _Plan:
     """What the heads' draws share."""
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int, causal: bool, scale: float, T: int, room: int
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: int,
+        causal: bool,
+        scale: float,
+        T: int,
+        room: int,
     ) -> None:
         B, g, n, d = k.shape
-        self._q, self._k, self._rows, self._causal, self._scale, self._T, self._room = q, k, rows, causal, scale, T, room
+        self._q, self._k, self._rows, self._causal, self._scale, self._T, self._room = (
+            q,
+            k,
+            rows,
+            causal,
+            scale,
+            T,
+            room,
+        )
         self._means = torch.empty(B * g, n // KEYS, d, dtype=k.dtype, device=k.device)
         self._far = torch.empty(B * g, triton.cdiv(n, KEYS) * KEYS, dtype=torch.int8, device=k.device)
         pool[(triton.cdiv(n, KEYS), B * g)](
@@ -376,7 +245,21 @@ class _Plan:
         strides = (*q.stride()[:3], *k.stride()[:3])
         lines = max(16 // R, 1)
         normalise[(triton.cdiv(T, lines), many)](
-            q, k, self._means, sums, shares, *strides, m, n, h, first, T, self._scale, LINES=lines, num_warps=4, **common
+            q,
+            k,
+            self._means,
+            sums,
+            shares,
+            *strides,
+            m,
+            n,
+            h,
+            first,
+            T,
+            self._scale,
+            LINES=lines,
+            num_warps=4,
+            **common,
         )
         codes = new(many, T, room, dtype=torch.uint8)
         self._code(sums, shares, codes, first)
@@ -394,7 +277,7 @@ class _Plan:
 
     def _code(self, sums: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, first: int) -> None:
         q, k, R = self._q, self._k, self._rows
-        if hopper.serves(q, k, k):
+        if R in hopper.REPRESENTATIVES and hopper.serves(q, k, k):
             hopper.importance(q, k, sums, shares, self._far, codes, first, self._causal, self._scale)
             return
         h, m, d = q.shape[1:]
@@ -402,8 +285,9 @@ class _Plan:
         many, T, room = codes.shape
         lines = COLUMNS // R
         code[(triton.cdiv(T, lines), many)](
-            q, k, sums, shares, self._far, codes, *q.stride()[:3], *k.stride()[:3], m, n, h, first, T, room, self._scale,
-            G=h // g, D=d, R=R, LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal, STAGES=3, num_warps=8,
+            q, k, sums, shares, self._far, codes, *q.stride()[:3], *k.stride()[:3], m, n, h, first, T, room,
+            self._scale, G=h // g, D=d, R=R, LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal, STAGES=3,
+            num_warps=8,
         )  # fmt: skip
 
 

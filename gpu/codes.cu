@@ -24,6 +24,8 @@ struct Arguments {
 };
 extern "C" __constant__ int shared_bytes = 0;
 
+// The launch's start may overlap the end of the one before, whose writes are to be seen.
+__device__ __forceinline__ void after_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ int eligible(const Arguments &a) { return (a.shift + (int)blockIdx.x * 128) / 128 * 128; }
 __device__ __forceinline__ u32 code(const uint4 &c, int i) {
   const u32 word = i < 4 ? c.x : i < 8 ? c.y : i < 12 ? c.z : c.w;
@@ -36,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(const __grid_constan
   const int thread = threadIdx.x, edge = eligible(a), copy = thread % COPIES;
   for (int i = thread; i < LEVELS * COPIES; i += THREADS) found[i] = 0;
   __syncthreads();
+  after_predecessor();
   for (int first = EACH * thread; first < edge; first += TILE) {
     const uint4 codes = *(const uint4 *)(a.codes + line * a.room + first);
     #pragma unroll
@@ -54,6 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(const __grid_constant
   __shared__ int tables[THREADS / 32][LEVELS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = a.lines - 1 - (int)(blockIdx.x * (THREADS / 32) + warp);
   if (row < 0) return;
+  after_predecessor();
   const i64 line = (i64)blockIdx.y * a.lines + row, start = a.offsets[line];
   const int edge = (a.shift + row * 128) / 128 * 128;
   int *table = tables[warp];
@@ -79,17 +83,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(const __grid_constant
     const i64 before = carry + upto - sum;
     carry += __shfl_sync(~0u, upto, 31);
     i64 place = start + (before >> UNIT);  // keys listed before
-    u32 part = (u32)before & ((1u << UNIT) - 1);
+    u32 part = (u32)before & ((1u << UNIT) - 1), taken = 0;
     #pragma unroll
     for (int i = 0; i < EACH; i++) {
       part += chance[i];
-      if (part >> UNIT) {
-        part -= 1u << UNIT;
-        if (place < a.capacity) {
-          a.tokens[place] = first + i;
-          a.log_weights[place] = (UNIT - __log2f((float)chance[i])) * LN2;
-        }
-        place++;
+      taken |= (part >> UNIT) << i;
+      part &= (1u << UNIT) - 1;
+    }
+    for (; taken; taken &= taken - 1, place++) {  // few of them
+      const int i = __ffs(taken) - 1;
+      if (place < a.capacity) {
+        a.tokens[place] = first + i;
+        a.log_weights[place] = (UNIT - __log2f((float)table[code(codes, i)])) * LN2;
       }
     }
   }

@@ -1,6 +1,6 @@
 """The launches of CUDA C++ that sparse prefill has: `listed.cu`, `importance.cu` for Hopper's tensor cores, `codes.cu`.
 
-They do what the kernels of `gpu.listed` and `gpu.block_sampled` define, several times faster.
+They do what the kernels of `gpu.listed`, `gpu.importance` and `gpu.block_sampled` define, several times faster.
 """
 
 from __future__ import annotations
@@ -8,21 +8,25 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from functools import cache
+from typing import Any
 
 import torch
 
 from attention.key_lists import KeyLists, row_blocks
+from hsr.errors import BackendUnavailable
 
 STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
+REPRESENTATIVES = (2, 4, 8, 16)  # rows of a block that `importance.cu` has a form for
 THREADS = 384  # of a program: one group that asks for tiles, two that multiply
 
 
-def _structure(pointers: str, wide: str, narrow: str, scaled: bool) -> type[ctypes.Structure]:
-    """A kernel's `Arguments`: pointers, 64-bit and 32-bit numbers, a scale."""
-    fields = [(name, ctypes.c_void_p) for name in pointers.split()]
+def _structure(pointers: str, wide: str, narrow: str, scaled: bool, mapped: bool = False) -> type[ctypes.Structure]:
+    """A kernel's `Arguments`: a tensor map, pointers, 64-bit and 32-bit numbers, a scale."""
+    fields: list[tuple[str, Any]] = [("map", ctypes.c_ubyte * 128)] * mapped
+    fields += [(name, ctypes.c_void_p) for name in pointers.split()]
     fields += [(name, ctypes.c_int64) for name in wide.split()]
     fields += [(name, ctypes.c_int) for name in narrow.split()]
-    fields += [("scale", ctypes.c_float)] * scaled
+    fields += [("scale", ctypes.c_float)] * scaled + [("padding", ctypes.c_ubyte * 64)] * mapped  # it is aligned so
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
 
@@ -34,10 +38,11 @@ Listed = _structure(
     True,
 )
 Importance = _structure(
-    "q k sums shares far codes counter",
-    "q_b q_h q_m k_b k_h k_n",
+    "q sums shares far codes counter",
+    "q_b q_h q_m",
     "rows keys heads groups first_head many lines room",
     True,
+    mapped=True,
 )
 Codes = _structure(
     "codes histograms chances starts offsets tokens log_weights", "capacity", "shift lines room tables", False
@@ -69,13 +74,43 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _launch(
-    name: str, function: str, settings: dict[str, int], grid: tuple[int, int], threads: int, arguments: ctypes.Structure,
+    name: str,
+    function: str,
+    settings: dict[str, int],
+    grid: tuple[int, int],
+    threads: int,
+    arguments: ctypes.Structure,
     device: torch.device,
-) -> None:  # fmt: skip
+) -> None:
     from gpu import compiled  # only where cuda-bindings is
 
     assert device.index is not None
     compiled.kernel(name, function, tuple(settings.items()), device.index)(grid, threads, arguments)
+
+
+def _tensor_map(x: torch.Tensor) -> ctypes.Array[ctypes.c_ubyte]:
+    """Of x (B, g, n, d): boxes of 128 rows by 64 columns, in shared memory as `hopper.cuh` has tiles."""
+    from cuda.bindings import driver
+
+    kinds = driver.CUtensorMapDataType
+    kind = (
+        kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if x.dtype == torch.bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    )
+    sizes = [driver.cuuint64_t(size) for size in reversed(x.shape)]
+    bytes_apart = [  # of an axis of one, any will do
+        driver.cuuint64_t(2 * stride if size > 1 else 16)
+        for stride, size in zip(x.stride()[2::-1], x.shape[2::-1], strict=True)
+    ]
+    status, found = driver.cuTensorMapEncodeTiled(
+        kind, 4, x.data_ptr(), sizes, bytes_apart, [driver.cuuint32_t(side) for side in (64, 128, 1, 1)],
+        [driver.cuuint32_t(1)] * 4, driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )  # fmt: skip
+    if int(status):
+        raise BackendUnavailable(f"CUDA says {status} to a tensor map of {tuple(x.shape)} with strides {x.stride()}")
+    return (ctypes.c_ubyte * 128).from_buffer_copy(ctypes.string_at(int(found.getPtr()), 128))
 
 
 def attend(
@@ -121,15 +156,15 @@ def importance(
     causal: bool,
     scale: float,
 ) -> None:
-    """As `gpu.block_sampled.code`, of heads from the first on, as many as there are codes for."""
+    """As `gpu.importance.code`, of heads from the first on, as many as there are codes for."""
     h, m, d = q.shape[1:]
     g, n = k.shape[1:3]
     many, lines, room = codes.shape
     settings = {"D": d, "BF16": int(q.dtype == torch.bfloat16), "R": sums.shape[2], "CAUSAL": int(causal), "STAGES": 4}
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     arguments = Importance(
-        *map(_address, (q, k, sums, shares, far, codes, counter)), *q.stride()[:3], *k.stride()[:3], m, n, h, h // g,
-        first, many, lines, room, scale,
+        _tensor_map(k), *map(_address, (q, sums, shares, far, codes, counter)), *q.stride()[:3], m, n, h, h // g, first,
+        many, lines, room, scale,
     )  # fmt: skip
     _launch("importance.cu", "importance", settings, (_processors(q.device), 1), THREADS, arguments, q.device)
 

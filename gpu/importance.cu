@@ -1,8 +1,9 @@
-// Codes of keys' importance to blocks of rows: `gpu.block_sampled.code` defines them, this is for sm_90.
+// Codes of keys' importance to blocks of rows: `gpu.importance.code` defines them, this is for sm_90.
 //
-// grid (multiprocessors,), 384 threads.  A producer group asks for tiles of 128 keys; two consumer groups score 64 keys
-// each against 128 representative rows, R of each of LINES blocks of rows, and write a byte per key and block.  The rows
-// lie in such an order that a thread of the product holds all R scores of a key for a block: nothing is exchanged.
+// grid (multiprocessors,), 384 threads.  A producer group asks for tiles of 128 keys, whole boxes of a tensor map; two
+// consumer groups score 64 keys each against 128 representative rows, R of each of LINES blocks of rows, and write a
+// byte per key and block.  The rows lie in such an order that a thread of the product holds all R scores of a key for a
+// block: nothing is exchanged.
 //
 // Compiled with: D (64 or 128), BF16, R representative rows (2, 4, 8 or 16), CAUSAL, STAGES.
 
@@ -12,13 +13,16 @@ constexpr int LINES = 128 / R;     // blocks of rows that a program takes at onc
 constexpr int SLOTS = LINES / 4;   // of them, those whose scores a thread holds
 constexpr int CHUNK = 32;          // tiles of keys that a program takes at once
 
+struct alignas(64) Map { u8 bytes[128]; };
+
 struct Arguments {
-  const u16 *q, *k;
-  const float *sums, *shares;      // (many, lines, R) base-2 log-sums; (many, keys / 128, lines)
+  Map map;                         // of the keys, (B, heads / groups, keys, D), in boxes of 128 by 64, swizzled as tiles are
+  const u16 *q;
+  const float *sums, *shares;      // (many, lines, R) base-2 log-sums; (many, keys / 128, lines) squares
   const signed char *far;          // (B * heads / groups, keys up to whole blocks)
   u8 *codes;                       // (many, lines, room)
   int *counter;                    // zero
-  i64 q_b, q_h, q_m, k_b, k_h, k_n;
+  i64 q_b, q_h, q_m;
   int rows, keys, heads, groups, first_head, many, lines, room;
   float scale;
 };
@@ -50,13 +54,19 @@ struct Item {
     const int last = min(line + LINES, a.lines) - 1;
     stop = min((a.keys - a.rows + last * ROWS) / KEYS * KEYS, first + KEYS * CHUNK);
   }
-  __device__ __forceinline__ int tiles() const { return max(stop - first, 0) / KEYS; }
+  __device__ __forceinline__ int tiles() const { return (max(stop - first, 0) / KEYS + 1) / 2 * 2; }  // in twos: one too many may be no block's
 };
 
 // Where the representative row of a column of the product lies: row `of` of block `line`.
 __device__ __forceinline__ void column(int i, int &line, int &of) {
   const int j = i / 8;
   line = j / (R / 2) * 4 + i % 8 / 2, of = j % (R / 2) * 2 + i % 2;
+}
+
+// 2^x of min(x, 0), at most 6 % more, from SHIFT + x: in that sum's last 23 bits stands (x + 127) * 2^10.
+constexpr float MAGIC = 12288.f, SHIFT = MAGIC + 127.f;
+__device__ __forceinline__ float rough_power(float shifted) {
+  return __int_as_float(__float_as_int(fminf(fmaxf(shifted, MAGIC + 1.f), SHIFT)) << 13);
 }
 
 __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
@@ -83,13 +93,18 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
     if (thread == 0) arrive(s.q_full);
     if (!item.there) return;
 
-    const u16 *keys = a.k + item.head / a.heads * a.k_b + item.head % a.heads / a.groups * a.k_h;
     const float *shares = a.shares + (i64)item.local * (a.keys / KEYS) * a.lines + item.line;
     const signed char *far = a.far + (i64)(item.head / a.groups) * ((a.keys + KEYS - 1) / KEYS * KEYS);
-    for (int first = item.first; first < item.stop; first += KEYS, round++) {
-      const int stage = round % STAGES;
+    for (int tile = 0; tile < item.tiles(); tile++, round++) {
+      const int stage = round % STAGES, first = min(item.first + KEYS * tile, item.stop - KEYS);
       await(s.k_empty[stage], (round / STAGES & 1) ^ 1);
-      gather(address(s.k[stage]), keys, 2 * (u32)a.k_n, first + gather.listed);
+      if (thread == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(&s.k_full[stage])), "r"(TILE) : "memory");
+        for (int half = 0; half < HALVES; half++)
+          asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+              ::"r"(address(s.k[stage]) + half * (ROWS * 128)), "l"(&a.map), "r"(address(&s.k_full[stage])), "r"(64 * half), "r"(first),
+              "r"(item.head % a.heads / a.groups), "r"(item.head / a.heads) : "memory");
+      }
       if (thread < LINES) {
         const int bytes = item.line + thread < a.lines ? 4 : 0;
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(&s.share[stage][thread])), "l"(shares + (i64)(first / KEYS) * a.lines + (bytes ? thread : 0)), "r"(bytes) : "memory");
@@ -105,7 +120,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
   const int thread = threadIdx.x - 128, group = thread / 128, warp = thread / 32 % 4, lane = thread % 32, r = lane / 4, c = lane % 4;
   const int base = 64 * group + 16 * warp + r;  // a thread has keys base and base + 8
   const float factor = 2.f * a.scale * LOG2E;
-  float even[64], odd[64], twice[32];  // scores of two tiles, and twice the log-sums of their columns
+  float even[64], odd[64], twice[32];  // scores of two tiles; less twice the log-sums of their columns
   int round = 0;
   for (int turn = 0;; turn++) {
     await(s.q_full, turn & 1);
@@ -117,7 +132,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
       int line, of;
       column(8 * (i / 2) + 2 * c + i % 2, line, of);
       line += item.line;
-      twice[i] = line < a.lines ? 2.f * a.sums[((i64)item.local * a.lines + line) * R + of] : INF;
+      twice[i] = (i % 2 ? SHIFT : 0.f) - (line < a.lines ? 2.f * a.sums[((i64)item.local * a.lines + line) * R + of] : 0.f);
     }
     auto multiply = [&](float (&score)[64], int at) {
       const int stage = at % STAGES;
@@ -138,7 +153,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
       float share[SLOTS];
       #pragma unroll
       for (int i = 0; i < SLOTS; i++) share[i] = s.share[stage][4 * i + c];
-      const float far[2] = {(float)s.far[stage][base] + 223.f, (float)s.far[stage][base + 8] + 223.f};
+      const int far[2] = {s.far[stage][base] + 223 - 4 * 127, s.far[stage][base + 8] + 223 - 4 * 127};
       __syncwarp();
       if (lane == 0) arrive(s.k_empty[stage]);
       u8 (*out)[64 + 16] = s.out[group][at & 1];
@@ -150,12 +165,12 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
           #pragma unroll
           for (int j = 0; j < R; j++) {
             const int column = i * (R / 2) + j / 2;  // eights of columns
-            square += exp2_(fminf(fmaf(score[4 * column + 2 * h + j % 2], factor, -twice[2 * column + j % 2]), 0.f));
+            const float x = score[4 * column + 2 * h + j % 2], y = twice[2 * column + j % 2];
+            // every other power by arithmetic, which the unit for powers would be too slow for
+            square += j % 2 ? rough_power(fmaf(x, factor, y)) : exp2_(fminf(fmaf(x, factor, y), 0.f));
           }
-          float x, code;
-          asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(square * (1.f / R)));
-          asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(code) : "f"(fmaxf(x + share[i], 1e-37f)));
-          out[4 * i + c][16 * warp + r + 8 * h] = (u8)(int)fminf(fmaxf(floorf(8.f * code) + far[h], 0.f), 255.f);
+          const int code = (__float_as_int(fmaf(square, 1.f / R, share[i])) >> 21) + far[h];
+          out[4 * i + c][16 * warp + r + 8 * h] = (u8)min(max(code, 0), 255);
         }
       asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
       for (int i = thread % 128; i < LINES * 4; i += 128) {
@@ -165,20 +180,13 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
       }
     };
     const int tiles = item.tiles();
-    multiply(even, round);
-    for (int tile = 0; tile < tiles; tile += 2) {  // one tile is multiplied while the one before is written
-      if (tile + 1 < tiles) {
-        multiply(odd, round + tile + 1);
-        finish<1>();
-      } else finish<0>();
+    for (int tile = 0; tile < tiles; tile += 2) {  // the second is multiplied while the first is written
+      multiply(even, round + tile);
+      multiply(odd, round + tile + 1);
+      finish<1>();
       write(even, round + tile, item.first + KEYS * tile);
-      if (tile + 1 < tiles) {
-        if (tile + 2 < tiles) {
-          multiply(even, round + tile + 2);
-          finish<1>();
-        } else finish<0>();
-        write(odd, round + tile + 1, item.first + KEYS * (tile + 1));
-      }
+      finish<0>();
+      write(odd, round + tile + 1, item.first + KEYS * (tile + 1));
     }
     round += tiles;
     __syncwarp();
@@ -191,10 +199,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) importance(const __grid_con
   Shared &s = *reinterpret_cast<Shared *>(((u64)memory + 1023) / 1024 * 1024);
   if (threadIdx.x == 0) {
     initialise(s.q_full, 129), initialise(s.q_empty, 8);
-    for (int i = 0; i < STAGES; i++) initialise(s.k_full[i], 128), initialise(s.k_empty[i], 8);
+    for (int i = 0; i < STAGES; i++) initialise(s.k_full[i], 129), initialise(s.k_empty[i], 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  after_predecessor();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     produce(a, s);

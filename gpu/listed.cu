@@ -84,11 +84,11 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
       int t = tile;
       if (t < item.banded) return min(item.edge + KEYS * t + gather.listed, item.end - 1);
       t -= item.banded;
-      if (TOKENS && t < item.tokened) return KEYS * t + gather.listed < item.count ? a.tokens[item.token + KEYS * t + gather.listed] : 0;
+      if (TOKENS && t < item.tokened) return a.tokens[item.token + min(KEYS * t + gather.listed, item.count - 1)];
       t -= item.tokened;
       if (BLOCKS && t < item.blocked) return a.blocks[item.block + t] * KEYS + gather.listed;
       t -= item.blocked;
-      return MEANS && t < item.meaned && KEYS * t + gather.listed < item.mean_count ? a.means[item.mean + KEYS * t + gather.listed] : 0;
+      return MEANS && t < item.meaned ? a.means[item.mean + min(KEYS * t + gather.listed, item.mean_count - 1)] : 0;
     };
     int next = index(0);
     for (int tile = 0; tile < tiles; tile++, round++) {
@@ -266,6 +266,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) listed(const __grid_constan
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  after_predecessor();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     produce(a, s);

@@ -1,8 +1,9 @@
 """Attention of a prompt's rows over lists that blocks of rows share (`attention.key_lists`), on the GPU.
 
-One program per block of rows and head (`listed.cu` is the same for Hopper, faster).  It walks the band on the diagonal, where rows see different keys and scores are
-masked, then what its line lists: single keys with log weights, whole blocks, and blocks that their means stand for.
-Nothing listed needs a mask.  Lists are read as they lie on the device: nothing waits for the host.
+One program per block of rows and head (`listed.cu` is the same for Hopper, faster).  It walks the band on the diagonal,
+where rows see different keys and scores are masked, then what its line lists: single keys with log weights, whole
+blocks, and blocks that their means stand for.  Nothing listed needs a mask.  Lists are read as they lie on the device:
+nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from gpu.codes import LOG2E
 from hsr.errors import ArgumentError
 
 DTYPES = (torch.float16, torch.bfloat16)
+FEW = 16  # rows of a program where they are chosen: programs are few, and long
 TILES = {64: (64, 3), 128: (64, 3), 256: (32, 2)}  # keys of a tile and stages, by width
-
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def listed(
         stop = tl.load(TOKEN_STARTS + line + 1)
         for first in tl.range(0, (stop - start).to(tl.int32), N, num_stages=STAGES):
             ok = first + o < stop - start
-            j = tl.load(TOKENS + start + first + o, mask=ok, other=0).to(tl.int64)
+            j = tl.load(TOKENS + start + tl.minimum(first + o, stop - start - 1)).to(tl.int64)
             weight = tl.load(LOG_WEIGHTS + start + first + o, mask=ok, other=-float("inf"))
             k = tl.load(k_base + j[:, None] * k_n + d[None, :])
             v = tl.load(v_base + j[:, None] * v_n + e[None, :])
@@ -113,7 +114,7 @@ def listed(
         means = (batch * (heads // G) + inner // G) * (keys // KEYS)
         for first in tl.range(0, (stop - start).to(tl.int32), N, num_stages=STAGES):
             ok = first + o < stop - start
-            j = means + tl.load(MEANS + start + first + o, mask=ok, other=0)
+            j = means + tl.load(MEANS + start + tl.minimum(first + o, stop - start - 1))
             k = tl.load(MEAN_K + j[:, None] * D + d[None, :])
             v = tl.load(MEAN_V + j[:, None] * DV + e[None, :])
             bias = tl.where(ok, 7.0, -float("inf"))  # log2(KEYS)
@@ -154,7 +155,10 @@ def attend(
     Raises:
         ArgumentError: shapes and dtypes that the kernels have no form for.
     """
-    _check(q, k, v, lists)
+    check_tensors(q, k, v)
+    lines = q.shape[0] * q.shape[1] * row_blocks(q.shape[2])
+    if lists.lines != lines:
+        raise ArgumentError(f"lists must have {lines} lines, one per head and block of {ROWS} rows; got {lists.lines}")
     B, h, m, d = q.shape
     g, n = k.shape[1:3]
     output = torch.empty((B, h, m, d), dtype=q.dtype, device=q.device)
@@ -186,17 +190,18 @@ def attend(
 def rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact causal attention of some rows: chosen (B h, s) int32 -> output (B, h, s, d), log-sum-exp (B, h, s)."""
+    """Exact causal attention of some rows (B h, s) int32 -> output (B, h, s, d), log-sum-exp (B, h, s), float32."""
     B, h, m, d = q.shape
     g, n = k.shape[1:3]
     s = chosen.shape[1]
-    output = torch.empty((B, h, s, d), dtype=q.dtype, device=q.device)
+    output = torch.empty((B, h, s, d), dtype=torch.float32, device=q.device)
     lse = torch.empty((B, h, s), dtype=torch.float32, device=q.device)
     tile, stages = TILES[d]
-    sizes = torch.full((B,), m, dtype=torch.int32, device=q.device), torch.full((B,), n, dtype=torch.int32, device=q.device)
-    listed[(B * h, -(-s // 64))](
+    sizes = [torch.full((B,), size, dtype=torch.int32, device=q.device) for size in (m, n)]
+    blocks = -(-s // FEW)
+    listed[(B * h, blocks)](
         q, k, v, k, v, output, lse, chosen, *sizes, *[lse] * 7, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *output.stride()[:3], s, n, h, -(-s // 64), scale, G=h // g, D=d, DV=d, M=64, KEYS=KEYS, N=tile, STAGES=stages,
+        *output.stride()[:3], s, n, h, blocks, scale, G=h // g, D=d, DV=d, M=FEW, KEYS=KEYS, N=tile, STAGES=stages,
         HAS_TOKENS=False, HAS_BLOCKS=False, HAS_MEANS=False, GIVEN=True, SIZED=True, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return output, lse
@@ -208,14 +213,17 @@ def block_means(x: torch.Tensor) -> torch.Tensor:
     return x[:, :, : n // KEYS * KEYS].reshape(B, g, -1, KEYS, d).mean(3, dtype=torch.float32).to(x.dtype)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: KeyLists) -> None:
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Whether the kernels have a form for a prompt (B, h, m, d) over keys (B, g, n, d); ArgumentError if not."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ArgumentError(
             f"q, k and v must be (B, h, m, d), (B, g, n, d) and (B, g, n, d) on cuda; got {tuple(q.shape)}, "
             f"{tuple(k.shape)} and {tuple(v.shape)}"
         )
     if q.dtype not in DTYPES or {k.dtype, v.dtype} != {q.dtype}:
-        raise ArgumentError(f"q, k and v must be all float16 or all bfloat16 on cuda; got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ArgumentError(
+            f"q, k and v must be all float16 or all bfloat16 on cuda; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if q.shape[3] not in TILES:
         raise ArgumentError(f"q must have width {', '.join(map(str, TILES))} on cuda; got {q.shape[3]}")
     if not 1 <= q.shape[2] <= k.shape[2]:
@@ -223,9 +231,6 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: KeyLists) -
     if q.shape[1] % k.shape[1]:
         raise ArgumentError(f"q must have heads in multiples of {k.shape[1]}; got {q.shape[1]}")
     if any(part.stride(3) != 1 for part in (q, k, v)):
-        raise ArgumentError(f"q, k and v must have contiguous rows; got strides {q.stride()}, {k.stride()}, {v.stride()}")
-    if lists.lines != q.shape[0] * q.shape[1] * row_blocks(q.shape[2]):
         raise ArgumentError(
-            f"lists must have {q.shape[0] * q.shape[1] * row_blocks(q.shape[2])} lines, one per head and block of "
-            f"{ROWS} rows; got {lists.lines}"
+            f"q, k and v must have contiguous rows; got strides {q.stride()}, {k.stride()}, {v.stride()}"
         )

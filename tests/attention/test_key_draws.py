@@ -120,16 +120,6 @@ def test_starts_are_the_definition(seed: int, heads: int, blocks: int) -> None:
     assert ((found >= 0) & (found < 1 << 24)).all()
 
 
-def test_heads_have_the_seeds_that_they_have_on_a_gpu() -> None:
-    pytest.importorskip("triton")
-    from gpu.sampled import _seeds
-    from hsr.lifted_numba import mixed
-
-    seeds = _seeds(123456789012345, 6).view(np.uint32)
-    wanted = [[mixed(seed ^ mixed(np.uint32(i + 0x9E3779B9))) >> 8 for i in range(3)] for seed in seeds]
-    assert np.array_equal(chances.starts(123456789012345, 6, 3), wanted)
-
-
 @pytest.mark.parametrize("method", methods("key_lists"))
 @few
 @given(prompt=prompts(), seed=seeds, causal=st.booleans(), extra=st.floats(0.01, 1))
