@@ -44,7 +44,7 @@ FLEX_LENGTHS = (8192, 32768, 131072)  # each compiles a kernel
 REAL_LENGTHS, REAL_LAYER = (8192, 32768), 15
 REPEATS, LONG_REPEATS, LONG = 9, 3, 1 << 18
 SAMPLE = 256  # rows of a head whose errors are measured
-EXACT = 8e-3  # largest relative error of attention over all keys
+EXACT, EXACT_ROW = 8e-3, 4e-2  # largest relative errors of attention over all keys, mean and of any row
 GATE = 5 * ROWS + 77  # tokens of the gate
 SEED = 1
 STEP = 256  # rows between which queries turn from one direction to the next
@@ -83,14 +83,17 @@ class Sample(NamedTuple):
     output: torch.Tensor  # (h, s, d) float32
     lse: torch.Tensor  # (h, s) float32
 
-    def error(self, output: torch.Tensor) -> float:
-        """Mean relative error of outputs (1, h, n, d)."""
-        off = (self._of(output[0]).float() - self.output).norm(dim=2)
-        return float((off / self.output.norm(dim=2)).mean())
+    def errors(self, output: torch.Tensor) -> torch.Tensor:
+        """Relative errors (h, s) of outputs (1, h, n, d)."""
+        return (self._of(output[0]).float() - self.output).norm(dim=2) / self.output.norm(dim=2)
 
-    def mass(self, lse: torch.Tensor) -> float:
-        """Mean share of the probability that rows with log-sum-exps (1, h, n) kept."""
-        return float((self._of(lse[0]) - self.lse).exp().mean())
+    def error(self, output: torch.Tensor) -> float:
+        """Their mean."""
+        return float(self.errors(output).mean())
+
+    def masses(self, lse: torch.Tensor) -> torch.Tensor:
+        """Shares (h, s) of the probability that rows with log-sum-exps (1, h, n) kept."""
+        return (self._of(lse[0]) - self.lse).exp()
 
     def _of(self, part: torch.Tensor) -> torch.Tensor:
         return part[torch.arange(len(part), device=part.device)[:, None], self.rows]
@@ -157,10 +160,12 @@ def _tried(what: str, note: Callable[[str], None], call: Callable[[], Any]) -> A
     try:
         return call()
     except Exception as fault:
-        note(f"{what}: {type(fault).__name__}: {str(fault).strip().splitlines()[:1]}")
+        said = str(fault).strip().splitlines() or [""]
+        note(f"{what}: {type(fault).__name__}: {said[0][:200]}")
     finally:
-        gc.collect()
         torch.cuda.empty_cache()
+    gc.collect()  # what the fault's frames held
+    return None
 
 
 def made(h: int, g: int, d: int, n: int) -> Prompt:
@@ -215,9 +220,13 @@ def gate(h: int, g: int, d: int) -> None:
     for name, lists in (("lists of everything", everything(h, n)), ("density 1", drawn(prompt, 1.0, 8))):
         found[name] = listed.attend(*prompt, lists, prompt.scale)
     for name, (output, lse) in found.items():
-        error, mass = exact.error(output), exact.mass(lse)
-        if not (error < EXACT and abs(mass - 1) < EXACT):
-            raise WrongAnswer(f"{name} at {(h, g, d)}: outputs off by {error:.2e}, sums of weights by {mass - 1:.2e}")
+        error, worst = exact.error(output), float(exact.errors(output).max())
+        off = float((exact.masses(lse) - 1).abs().max())
+        if not (error < EXACT and max(worst, off) < EXACT_ROW):
+            raise WrongAnswer(
+                f"{name} at {(h, g, d)}: outputs are off by {error:.2e} on average and {worst:.2e} at most, sums of "
+                f"weights by {off:.2e}"
+            )
 
 
 def everything(h: int, n: int) -> KeyLists:
@@ -273,7 +282,7 @@ def _measured(prompt: Prompt, density: float, representatives: int) -> Row:
     if not error < 1:
         raise WrongAnswer(f"outputs are off by {error:.2e}")
     plain = KeyLists(lists.token_offsets, lists.tokens)
-    mass = exact.mass(listed.attend(*prompt, plain, prompt.scale)[1])
+    mass = float(exact.masses(listed.attend(*prompt, plain, prompt.scale)[1]).mean())
     pairs = int(lists.token_offsets[-1]) * ROWS + h * diagonal_pairs(n)
     realised = float(lists.densities(n, n).mean())
     del plain

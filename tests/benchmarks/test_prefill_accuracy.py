@@ -74,6 +74,20 @@ def test_there_is_a_row_per_density_and_method(monkeypatch: pytest.MonkeyPatch, 
     assert all(row["worst_head"] >= row["to_block_oracle"] for row in found.values())
 
 
+def test_a_length_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prompts(tokens: int, chosen: Sequence[int], device: str) -> list[Prompt]:
+        if tokens == 2 * N:
+            raise torch.OutOfMemoryError("too long")
+        return [prompt(0)]
+
+    monkeypatch.setattr(real_keys, "prompts", prompts)
+    for name, value in {"QUICK_TOKENS": (2 * N, N), "QUICK_LAYERS": (0,), "DENSITIES": (0.5,)}.items():
+        monkeypatch.setattr(case, name, value)
+    notes: list[str] = []
+    assert {row["n"] for row in case.rows(True, notes.append)} == {N}
+    assert "nothing at n = 2048: OutOfMemoryError: too long" in notes
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_keeps_to_its_budget_and_to_what_rows_see(rule: str, head: Head) -> None:
     assert RULES[rule](head, 0.1) is None
