@@ -16,7 +16,7 @@ from attention.key_lists import KeyLists, row_blocks
 from hsr.errors import BackendUnavailable
 
 STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
-REPRESENTATIVES = (2, 4, 8, 16)  # rows of a block that `importance.cu` has a form for
+REPRESENTATIVES = (2, 4, 8, 16, 32)  # rows of a block that `importance.cu` has a form for
 THREADS = 384  # of a program: one group that asks for tiles, two that multiply
 
 

@@ -5,7 +5,7 @@
 // byte per key and block.  The rows lie in such an order that a thread of the product holds all R scores of a key for a
 // block: nothing is exchanged.
 //
-// Compiled with: D (64 or 128), BF16, R representative rows (2, 4, 8 or 16), CAUSAL, STAGES.
+// Compiled with: D (64 or 128), BF16, R representative rows (2, 4, 8, 16 or 32), CAUSAL, STAGES.
 
 #include "hopper.cuh"
 
