@@ -2,8 +2,8 @@
 
 SmolLM2 reads the essays, longer prompts with its RoPE scaled; all layers, all positions.  ``block-oracle``,
 ``token-oracle``, ``pooled-blocks`` and ``vertical-slash`` are `benchmarks.prefill_oracles`' rules, their weights
-renormalised over what they keep; ``sampled-4``, ``-8``, ``-32`` and ``sampled-8-causal`` are ours, with so many representative
-rows.  Every method chooses over the whole prompt of a head; errors are those of every STRIDE-th block of
+renormalised over what they keep; ``sampled-4``, ``-8``, ``-32`` and ``sampled-8-causal`` are ours, with so many
+representative rows.  Every method chooses over the whole prompt of a head; errors are those of every STRIDE-th block of
 128 rows, the last one among them.  On a CPU tensors are float32, on a GPU float16; exact attention is float32 over the
 same numbers.
 

@@ -17,6 +17,7 @@ from hsr.errors import BackendUnavailable
 
 STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
 REPRESENTATIVES = (2, 4, 8, 16, 32)  # rows of a block that `importance.cu` has a form for
+CODES_STAGES = 4  # tiles of keys that wait to be scored
 THREADS = 384  # of a program: one group that asks for tiles, two that multiply
 
 
@@ -160,7 +161,8 @@ def importance(
     h, m, d = q.shape[1:]
     g, n = k.shape[1:3]
     many, lines, room = codes.shape
-    settings = {"D": d, "BF16": int(q.dtype == torch.bfloat16), "R": sums.shape[2], "CAUSAL": int(causal), "STAGES": 4}
+    settings = {"D": d, "BF16": int(q.dtype == torch.bfloat16), "R": sums.shape[2], "CAUSAL": int(causal)}
+    settings["STAGES"] = CODES_STAGES
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     arguments = Importance(
         _tensor_map(k), *map(_address, (q, sums, shares, far, codes, counter)), *q.stride()[:3], m, n, h, h // g, first,

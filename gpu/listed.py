@@ -202,7 +202,8 @@ def rows(
     listed[(B * h, blocks)](
         q, k, v, k, v, output, lse, chosen, *sizes, *[lse] * 7, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *output.stride()[:3], s, n, h, blocks, scale, G=h // g, D=d, DV=d, M=FEW, KEYS=KEYS, N=tile, STAGES=stages,
-        HAS_TOKENS=False, HAS_BLOCKS=False, HAS_MEANS=False, GIVEN=True, SIZED=True, num_warps=4, num_stages=stages,
+        HAS_TOKENS=False, HAS_BLOCKS=False, HAS_MEANS=False, GIVEN=True, SIZED=True, num_warps=max(4, d // 32),
+        num_stages=stages,
     )  # fmt: skip
     return output, lse
 
