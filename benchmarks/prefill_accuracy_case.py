@@ -1,6 +1,7 @@
 """Case ``prefill-accuracy``: errors of sparse prefill on a real model's heads, at equal density, beside oracles.
 
-SmolLM2 reads the essays, longer prompts with its RoPE scaled; all layers, all positions.  ``block-oracle``,
+SmolLM2 reads the essays, longer prompts with its RoPE scaled; all layers, all positions, or those in the file that
+HSR_HEADS names (`benchmarks.real_keys`).  ``block-oracle``,
 ``token-oracle``, ``pooled-blocks`` and ``vertical-slash`` are `benchmarks.prefill_oracles`' rules, their weights
 renormalised over what they keep; ``sampled-4``, ``-8``, ``-32`` and ``sampled-8-causal`` are ours, with so many
 representative rows.  Every method chooses over the whole prompt of a head; errors are those of every STRIDE-th block of
@@ -17,7 +18,7 @@ The gate: at density 1 every method is exact attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -52,8 +53,6 @@ EXACT = 2e-3  # largest mean relative error at density 1
 
 Setting = tuple[str, float]  # a method and a density
 
-missing = partial(real_keys.missing, "prefill-accuracy")
-
 
 class Drawn(NamedTuple):
     """What our method did to a layer."""
@@ -80,27 +79,41 @@ class Found(NamedTuple):
     density: float
 
 
+def missing() -> str | None:
+    """What this case needs and has not."""
+    return None if real_keys.kept() else real_keys.missing("prefill-accuracy")
+
+
 def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
     """A row per length, density and method."""
     gate()
     note(f"errors are those of every {STRIDE}th block of rows; choices are made over whole prompts, by all methods")
-    for n in QUICK_TOKENS if quick else TOKENS:
+    for what, read in _texts(quick):
         try:
-            found = list(_text(n, QUICK_LAYERS if quick else range(LAYERS)))
+            found = list(_text(read()))
         except RuntimeError as fault:  # for want of memory, perhaps: shorter prompts are not lost
-            note(f"nothing at n = {n}: {type(fault).__name__}: {str(fault)[:200]}")
+            note(f"nothing of {what}: {type(fault).__name__}: {str(fault)[:200]}")
             continue
         yield from found
 
 
-def _text(n: int, layers: Sequence[int]) -> Iterator[Row]:
+def _texts(quick: bool) -> Iterator[tuple[str, Callable[[], list[Prompt]]]]:
+    """What reads each length; a file has one."""
+    path = real_keys.kept()
+    if path:
+        yield path.name, partial(real_keys.read_whole, path, HERE)
+        return
+    for n in QUICK_TOKENS if quick else TOKENS:
+        yield f"{n} tokens", partial(real_keys.prompts, n, QUICK_LAYERS if quick else range(LAYERS), HERE)
+
+
+def _text(prompts: list[Prompt]) -> Iterator[Row]:
     """All rows of one length."""
-    prompts = real_keys.prompts(n, layers, HERE)
-    h, d = prompts[0].q.shape[::2]
+    h, n, d = prompts[0].q.shape
     shape = {"h": h, "g": len(prompts[0].k), "d": d, "n": n, "rope": rope(n)}
     heads: list[dict[Setting, Found]] = []
-    for layer, prompt in zip(layers, prompts, strict=True):
-        heads += measured(Prompt(*(part.to(DTYPE) for part in prompt)), DENSITIES, seed=layer)
+    for seed, prompt in enumerate(prompts):
+        heads += measured(Prompt(*(part.to(DTYPE) for part in prompt)), DENSITIES, seed)
     for density in DENSITIES:
         for method in METHODS:
             yield shape | figures(heads, method, density)

@@ -11,8 +11,8 @@ probability on keys of the list or the band, whatever their weights.  ``peak_gb`
 drew and attended once, tensors of the prompt included.
 
 Prompts are synthetic, spectra and means as in `benchmarks.decode_gpu_case`, with queries that turn slowly along the
-prompt; or SmolLM2's of one layer, where the model is.  The gate: lists of everything, and a density of 1, are dense
-attention.
+prompt; or SmolLM2's of one layer, where the model is or HSR_HEADS names a file of whole prompts
+(`benchmarks.real_keys`).  The gate: lists of everything, and a density of 1, are dense attention.
 """
 
 from __future__ import annotations
@@ -125,15 +125,19 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
 
 
 def _real(note: Callable[[str], None]) -> Iterator[Row]:
-    lacking = real_keys.missing("prefill-gpu")
+    """Of every length, or of a file that has one."""
+    path, dtype = real_keys.kept(), str(DTYPE).removeprefix("torch.")
+    lacking = None if path else real_keys.missing("prefill-gpu")
     if lacking:
         note(f"no real heads: {lacking}")
         return
-    dtype = str(DTYPE).removeprefix("torch.")
-    for n in REAL_LENGTHS:
-        found = _tried(f"SmolLM2 at n = {n}", note, partial(real_keys.prompts, n, [REAL_LAYER], HERE, dtype))
+    reads: list[Callable[[], list[real_keys.Prompt]]] = [
+        partial(real_keys.prompts, n, [REAL_LAYER], HERE, dtype) for n in REAL_LENGTHS
+    ]
+    for read in [partial(real_keys.read_whole, path, HERE, dtype)] if path else reads:
+        found = _tried("SmolLM2", note, read)
         prompt = found and Prompt(*(part[None] for part in found[0]))
-        yield from compared(f"smollm2, layer {REAL_LAYER}, rope {real_keys.rope(n)}", prompt, {}, note)
+        yield from compared("smollm2", prompt, {}, note)
 
 
 def compared(

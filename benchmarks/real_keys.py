@@ -6,6 +6,9 @@ before it is needed; `missing` says what to install.  A machine without the mode
 
 python -m benchmarks.real_keys heads.npz --layers 8    # reads the essays and writes the file
 HSR_HEADS=heads.npz python -m benchmarks.run accuracy-gpu        # takes keys, values and queries from it
+
+python -m benchmarks.real_keys prompts.npz --whole --layers 2    # with all positions' queries: 16 MB a layer
+HSR_HEADS=prompts.npz python -m benchmarks.run prefill-accuracy  # or prefill-gpu
 """
 
 from __future__ import annotations
@@ -143,6 +146,14 @@ def read_kept(path: Path, positions: Callable[[int], Sequence[int]]) -> list[Lay
         return [Layer(*layer) for layer in zip(*parts, strict=True)]
 
 
+def read_whole(path: Path, device: str = "cpu", dtype: str = "float32") -> list[Prompt]:
+    """The layers that `keep` wrote with the queries of all positions, rounded to float16, on the device."""
+    import torch
+
+    found = read_kept(path, range)
+    return [Prompt(*(torch.from_numpy(part).to(device, getattr(torch, dtype)) for part in layer)) for layer in found]
+
+
 class Pool(NamedTuple):
     """Queries (many, d) and keys (many, d) float32 of all layers and heads, in random order."""
 
@@ -180,13 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="where to")
     parser.add_argument("--layers", type=int, default=8, help="how many, evenly spaced (8)")
     parser.add_argument("--tokens", type=int, default=TEXT, help=f"beyond {demo.CONTEXT} RoPE is scaled ({TEXT})")
+    parser.add_argument("--whole", action="store_true", help="keep all positions' queries, for prefill")
     parser.add_argument("--device", default="cpu", help="where the model runs (cpu)")
     options = parser.parse_args(arguments)
     if not 1 <= options.layers <= LAYERS:
         parser.error(f"--layers must be 1 to {LAYERS}; got {options.layers}")
     if options.tokens < QUICK_TEXT:
         parser.error(f"--tokens must be at least {QUICK_TEXT}; got {options.tokens}")
-    positions = known_positions(options.tokens)
+    positions = range(options.tokens) if options.whole else known_positions(options.tokens)
     chosen = np.linspace(0, LAYERS - 1, options.layers).round().astype(int).tolist()
     keep(options.file, layers(options.tokens, positions, options.device, chosen), positions)
 

@@ -85,7 +85,20 @@ def test_a_length_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(case, name, value)
     notes: list[str] = []
     assert {row["n"] for row in case.rows(True, notes.append)} == {N}
-    assert "nothing at n = 2048: OutOfMemoryError: too long" in notes
+    assert "nothing of 2048 tokens: OutOfMemoryError: too long" in notes
+
+
+def test_a_file_of_whole_prompts_stands_for_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.npz"
+    layers = [real_keys.Layer(*(part.numpy() for part in prompt(seed))) for seed in (1, 2)]
+    real_keys.keep(path, layers, range(N))
+    for layer, wanted in zip(real_keys.read_whole(path), layers, strict=True):
+        assert torch.equal(layer.q, torch.from_numpy(wanted.queries).half().float())
+        assert layer.k.shape == layer.v.shape == (G, N, D)
+    monkeypatch.setenv("HSR_HEADS", str(path))
+    monkeypatch.setattr(case, "DENSITIES", (0.5,))
+    assert case.missing() is None
+    assert [(row["n"], row["h"]) for row in case.rows(False, lambda _: None)] == [(N, H)] * len(case.METHODS)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,22 @@ def test_long_prompts_meet_only_the_fastest_kernel_and_the_longest_none(monkeypa
     rows = list(prefill_gpu_case.rows(False, notes.append))
     assert calls == ["slow 256"] and notes == ["no real heads: prefill-gpu needs a model"]
     assert [(row["n"], row["dense_best"]) for row in rows] == [(256, "one"), (N, "one"), (N, None)]
+
+
+def test_real_heads_are_those_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.npz"
+    layer = real_keys.Layer(*(np.ones((heads, 256, 64), np.float32) for heads in (9, 3, 3)))
+    real_keys.keep(path, [layer, layer], range(256))
+    monkeypatch.setenv("HSR_HEADS", str(path))
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr(prefill_gpu_case, "compared", lambda data, prompt, *_: seen.append((data, prompt)) or ())
+    monkeypatch.setattr(prefill_gpu_case, "SHAPES", ())
+    monkeypatch.setattr(prefill_gpu_case, "LONGEST", (SHAPE, 128, (0.8, 4)))
+    monkeypatch.setattr(prefill_gpu_case, "ours", lambda *_: ())
+    assert list(prefill_gpu_case.rows(False, pytest.fail)) == []
+    ((data, prompt),) = seen
+    assert data == "smollm2" and [part.shape[1] for part in prompt] == [9, 3, 3]
+    assert prompt.q.shape == (1, 9, 256, 64) and prompt.q.dtype == torch.float16
 
 
 @pytest.mark.parametrize("fault", ["one key is meant", "weights are doubled"])
