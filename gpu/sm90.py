@@ -12,10 +12,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -34,6 +37,23 @@ EIGHT |= {"DRAWN": "*i64", "STARTS": "*i64", "PAIRS": "*i64", "LISTED": "*i64", 
 REAL = {"scale", "budget"}
 SCALARS = 32  # spills of a consumer whose rows, scores, weights and sums of width 128 take 192 of 224 registers
 DOUBLES = set("MIDDLE SPREAD THRESHOLDS SCORES SETTINGS LARGEST TOTALS VECTORS RADIUS CAST FACTS".split())
+
+
+class Told(NamedTuple):
+    """What became of a kernel with its settings; bad if it spills or lacks its instruction."""
+
+    name: str
+    settings: dict[str, Any]
+    registers: int
+    spilled: int
+    bad: bool
+
+    def line(self) -> str:
+        """For a reader."""
+        chosen = " ".join(f"{key} {value}" for key, value in self.settings.items())
+        return (
+            f"{'FAIL' if self.bad else 'ok  '} {self.name} registers {self.registers} spilled {self.spilled} {chosen}\n"
+        )
 
 
 @dataclass(frozen=True)
@@ -192,7 +212,7 @@ def prefill_settings() -> Iterator[tuple[str, dict[str, int]]]:
         for BF16, *lists in ((0, 1, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1), (1, 1, 1, 1), (1, 0, 0, 0)):
             kinds = dict(zip(("TOKENS", "BLOCKS", "MEANS"), lists, strict=True))
             yield "listed.cu", {"D": D, "BF16": BF16, **kinds, "STAGES": STAGES[D]}
-        for BF16, R, causal in ((1, 2, 0), (1, 4, 0), (0, 8, 0), (1, 8, 0), (1, 8, 1), (1, 16, 1)):
+        for BF16, R, causal in ((1, 2, 0), (1, 4, 0), (0, 8, 0), (1, 8, 0), (1, 8, 1), (1, 16, 1), (1, 32, 0)):
             shape = {"D": D, "BF16": BF16, "R": R, "CAUSAL": causal, "STAGES": CODES_STAGES}
             yield "importance.cu", shape
     yield "codes.cu", {}
@@ -209,34 +229,52 @@ def _even(name: str) -> bool:
     return bool(re.fullmatch(r"\w_[bhmnp]|stride_\w|room|cap", name))
 
 
-def main() -> int:
-    """Print a line per case; 1 if one spills or lacks its instruction."""
-    failed = sum(_told(case.kernel.__name__, case.settings, case.must, compiled(case)) for case in cases())
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        sys.stdout.write("none step: cuda-bindings is not installed\n")
-        return int(failed > 0)
+def checks() -> list[Callable[[], Told]]:
+    """One per kernel and setting; those of CUDA C++ only where its compiler is."""
+    found: list[Callable[[], Told]] = [partial(_of_triton, case) for case in cases()]
+    if importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None:
+        found += [partial(_of_step, settings) for settings in step_settings()]
+        found += [partial(_of_prefill, name, settings) for name, settings in prefill_settings()]
+    return found
+
+
+def _of_triton(case: Case) -> Told:
+    registers, spilled, code = compiled(case)
+    return Told(case.kernel.__name__, case.settings, registers, spilled, spilled > 0 or case.must not in code)
+
+
+def _of_step(settings: dict[str, int]) -> Told:
     from gpu.compiled import machine_code  # only where cuda-bindings is
 
-    for settings in step_settings():
-        registers, _, code = inspected(machine_code("step.cu", settings, "sm_90a"))
-        loop = code[code.find("IMMA") : code.rfind("HMMA")]  # a scalar kept in memory across it costs nothing
-        failed += _told("step", settings, "IMMA", (registers, _spills(loop), code))
-    for name, settings in prefill_settings():
-        registers, spilled, code = inspected(machine_code(name, settings, "sm_90a"))
-        if settings:  # of the others the loop of tiles counts: a few numbers kept in memory outside cost nothing
-            spilled = _spills(code[code.find("HGMMA") : code.rfind("HGMMA")])
-        allowed = SCALARS if name == "listed.cu" and settings["D"] == 128 else 0
-        failed += _told(name, settings, "HGMMA" if settings else "", (registers, spilled, code), allowed)
-    return int(failed > 0)
+    registers, _, code = inspected(machine_code("step.cu", settings, "sm_90a"))
+    spilled = _spills(code[code.find("IMMA") : code.rfind("HMMA")])  # a scalar kept in memory across it costs nothing
+    return Told("step", settings, registers, spilled, spilled > 0 or "IMMA" not in code)
 
 
-def _told(name: str, settings: dict[str, Any], must: str, found: tuple[int, int, str], allowed: int = 0) -> bool:
-    """Print a line; whether the kernel spills or lacks its instruction."""
-    registers, spilled, code = found
-    bad = spilled > allowed or must not in code
-    chosen = " ".join(f"{key} {value}" for key, value in settings.items())
-    sys.stdout.write(f"{'FAIL' if bad else 'ok  '} {name} registers {registers} spilled {spilled} {chosen}\n")
-    return bad
+def _of_prefill(name: str, settings: dict[str, int]) -> Told:
+    from gpu.compiled import machine_code  # only where cuda-bindings is
+
+    registers, spilled, code = inspected(machine_code(name, settings, "sm_90a"))
+    if settings:  # of the others the loop of tiles counts: a few numbers kept in memory outside cost nothing
+        spilled = _spills(code[code.find("HGMMA") : code.rfind("HGMMA")])
+    allowed = SCALARS if name == "listed.cu" and settings["D"] == 128 else 0
+    return Told(name, settings, registers, spilled, spilled > allowed or (bool(settings) and "HGMMA" not in code))
+
+
+def main() -> int:
+    """Print a line per case; 1 if one spills or lacks its instruction."""
+    work, failed = checks(), False
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:  # to which kernels need not be sent
+        for told in pool.map(_run, range(len(work)), chunksize=4):
+            sys.stdout.write(told.line())
+            failed |= told.bad
+    if not any(check.func is _of_step for check in work if isinstance(check, partial)):
+        sys.stdout.write("none step: cuda-bindings is not installed\n")
+    return int(failed)
+
+
+def _run(i: int) -> Told:
+    return checks()[i]()
 
 
 if __name__ == "__main__":
