@@ -4,8 +4,8 @@ What real heads say (SmolLM2, 8192 tokens, 33 heads of 10 layers, every eighth b
 those of the best 128 x 128 blocks of each head by true mass, 0.31 as it stands and
 
 - 0.35 with 4 representative rows, 0.29 with 16; rows far from the block's mean or from each other do no better.  Over
-  all 270 heads the worst one has 2.4 times the error of its best blocks with 8, 1.7 with 16, 1.2 with 32: few heads need
-  more than 8, those whose rows look for keys of their own;
+  all 270 heads the worst one has 2.4 times the error of its best blocks with 8, 1.7 with 16, 1.2 with 32: few heads
+  need more than 8, those whose rows look for keys of their own;
 - 0.30 with exact log-sums, which cost a second pass over the keys; 0.50 where the first key block, which holds the
   sink, counts by its mean key, too;
 - 0.35 with the mean key's share of all 128 rows instead of the representatives'; 0.41 with the block's mass by their
