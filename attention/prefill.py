@@ -14,6 +14,7 @@ from attention.shared_prompt import attend_prompt
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr.backend import preferred
+from hsr.errors import ArgumentError
 
 PAIRS = 1 << 24  # (row, key) pairs attended at a time, over all heads: bounds the memory of a report
 
@@ -49,6 +50,8 @@ def prefill(
     """
     device = getattr(getattr(q, "device", None), "type", "cpu")
     if device != "cpu":
+        if method != "auto":
+            raise ArgumentError(f"method must be 'auto' on {device}, where the table chooses; got {method!r}")
         run = preferred("prompt", device=device, policy=policy, weight=weight, causal=causal)
         answer: Result = run(q, k, v, policy, scale)
         return answer

@@ -13,13 +13,16 @@ from attention.engine import prompt_limits
 from attention.result import Result
 from attention.weights import ReLUPower, Softmax
 from gpu import listed
+from gpu.prompt import batched
 from hsr import checks
 from hsr.errors import ArgumentError
 
 
 def refuses(*, causal: bool, weight: Softmax | ReLUPower, **call: object) -> str | None:
     """Why a prompt on a GPU cannot be audited; None if it can."""
-    return None if causal and isinstance(weight, Softmax) else "serves causal prompts with Softmax() alone"
+    if causal and isinstance(weight, Softmax):
+        return None
+    return f"serves causal prompts with Softmax() alone; got causal={causal} and {weight!r}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class CudaPrompt:
 
     def exact(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows (H, s) -> output (H, s, dv), log-sum-exp (H, s)."""
-        q, k, v = (part if part.ndim == 4 else part[None] for part in (self.q, self.k, self.v))
+        q, k, v = batched(self.q, self.k, self.v)
         chosen = torch.from_numpy(rows.astype(np.int32)).to(self.q.device)
         output, lse = listed.rows(q, k, v, chosen, self.scale)
         return _host(output.flatten(0, 1)), _host(lse.flatten(0, 1))
@@ -71,7 +74,7 @@ def audited(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, weight: Softmax, scale: float | None
 ) -> CudaPrompt:
     """The table's entry; tensors as for `gpu.prompt.prompt`."""
-    listed.check_tensors(*(part if part.ndim == 4 else part[None] for part in (q, k, v)))
+    batched(q, k, v)
     factor = k.shape[-1] ** -0.5 if scale is None else checks.real("scale", scale, np.nextafter(0, 1), math.inf)
     return CudaPrompt(q, k, v, causal, weight, factor, prompt_limits(q, k, causal))
 

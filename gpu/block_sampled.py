@@ -19,6 +19,7 @@ from gpu import hopper
 from gpu.codes import UNIT, mixed
 from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool
 from gpu.sampled import seed_word
+from gpu.tensors import where_it_lies
 
 LN2 = tl.constexpr(0.6931471805599453)
 ONE = tl.constexpr(2.0**24)  # a chance of 1, in units of 2 ** -UNIT
@@ -116,9 +117,11 @@ def draw(
 
 COLUMNS = 128  # representative rows that a program of `code` takes
 TILE = 1024  # codes that `count` and `draw` take at once
+GRID = 65535  # programs that the second axis of a launch may have
 BYTES = 1 << 31  # of codes that are kept at once, but for a single head's: heads beyond that wait
 
 
+@where_it_lies
 def key_lists(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -129,6 +132,7 @@ def key_lists(
     causal_selection: bool,
     seed: int,
     scale: float,
+    head: int = 0,
 ) -> KeyLists:
     """Draw the keys that blocks of rows attend to.
 
@@ -144,6 +148,7 @@ def key_lists(
         causal_selection: whether nothing after a row may bear on what it attends to.
         seed: of the draw.
         scale: of the scores.
+        head: number of the first head, by which draws differ.
 
     Returns:
         KeyLists: tokens with log weights, on the device.
@@ -166,16 +171,21 @@ def key_lists(
     weights = torch.empty(max(capacity, 1), dtype=torch.float32, device=device)
     if room == 0:
         return KeyLists(offsets, tokens, weights)
-    slab = max(BYTES // (T * room), 1)
+    slab = min(max(BYTES // (T * room), 1), GRID)
     for first in range(0, heads, slab):
         many = min(slab, heads - first)
-        drawn = plan.drawn(first, many, spend, seed_word(seed))
+        drawn = plan.drawn(first, many, spend, seed_word(seed), head)
         own = offsets[first * T : (first + many) * T + 1]  # begins where the heads before end
         own[1:] = own[0] + drawn.lengths.flatten().cumsum(0)
         if causal_selection:
             tokens, weights = (_grown(part, int(own[-1])) for part in (tokens, weights))
         drawn.into(own, tokens, weights)
     return KeyLists(offsets, tokens, weights)
+
+
+def stages(d: int) -> int:
+    """Tiles of keys in shared memory: three of width 256 would not fit beside the rows."""
+    return 2 if d == 256 else 3
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,7 @@ class _Drawn:
     def into(self, offsets: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor) -> None:
         """Write the lists from their offsets (heads T + 1,) on."""
         heads, T, room = self.codes.shape
-        if self.codes.is_cuda and hopper.present():
+        if hopper.on(self.codes.device):
             hopper.draw(self.codes, self.chances, self.starts, offsets, tokens, weights, self.shift)
             return
         draw[(T, heads)](
@@ -231,7 +241,7 @@ class _Plan:
             num_warps=8,
         )  # fmt: skip
 
-    def drawn(self, first: int, many: int, spend: torch.Tensor, seed: int) -> _Drawn:
+    def drawn(self, first: int, many: int, spend: torch.Tensor, seed: int, offset: int) -> _Drawn:
         """Codes, thresholds and lengths of heads first .. first + many."""
         q, k, T, room, R = self._q, self._k, self._T, self._room, self._rows
         h, m, d = q.shape[1:]
@@ -259,12 +269,13 @@ class _Plan:
             self._scale,
             LINES=lines,
             num_warps=4,
+            num_stages=stages(d),
             **common,
         )
         codes = new(many, T, room, dtype=torch.uint8)
         self._code(sums, shares, codes, first)
         counts = new(many, T, 256, dtype=torch.int32)
-        if codes.is_cuda and hopper.present():
+        if hopper.on(codes.device):
             hopper.count(codes, counts, n - m)
         else:
             count[(T, many)](codes, counts, n - m, T, room, ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4)
@@ -272,7 +283,7 @@ class _Plan:
         chances = new(*summed.shape, dtype=torch.int32)
         threshold[(summed[..., 0].numel(),)](summed, spend.expand(many, -1).contiguous(), chances, num_warps=4)
         starts, lengths = new(many, T, dtype=torch.int32), new(many, T, dtype=torch.int64)
-        size[(T, many)](counts, chances, starts, lengths, seed, first, T, summed.shape[1], num_warps=4)
+        size[(T, many)](counts, chances, starts, lengths, seed, offset + first, T, summed.shape[1], num_warps=4)
         return _Drawn(codes, chances, starts, lengths, n - m)
 
     def _code(self, sums: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, first: int) -> None:
@@ -286,8 +297,8 @@ class _Plan:
         lines = COLUMNS // R
         code[(triton.cdiv(T, lines), many)](
             q, k, sums, shares, self._far, codes, *q.stride()[:3], *k.stride()[:3], m, n, h, first, T, room,
-            self._scale, G=h // g, D=d, R=R, LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal, STAGES=3,
-            num_warps=8,
+            self._scale, G=h // g, D=d, R=R, LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal,
+            STAGES=stages(d), num_warps=8,
         )  # fmt: skip
 
 

@@ -64,10 +64,15 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def on(device: torch.device) -> bool:
+    """Whether CUDA C++ for Hopper can be compiled and run there."""
+    return present() and _processors(device) > 0
+
+
 def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether the tensor cores' kernels have a form for the tensors, on their device."""
     whole = all(part.data_ptr() % 16 == 0 and not any(s % 8 for s in part.stride()[:3]) for part in (q, k, v))
-    return present() and _processors(q.device) > 0 and whole and k.shape[3] in STAGES and v.shape[3] == k.shape[3]
+    return on(q.device) and whole and k.shape[3] in STAGES and v.shape[3] == k.shape[3]
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from attention.key_lists import KEYS, ROWS, KeyLists, row_blocks
 from gpu import hopper
 from gpu.codes import LOG2E
+from gpu.tensors import where_it_lies
 from hsr.errors import ArgumentError
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -127,6 +128,7 @@ def listed(
     tl.store(LSE + head.to(tl.int64) * rows + i, lse, mask=inside)
 
 
+@where_it_lies
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -187,6 +189,7 @@ def attend(
     return output, lse
 
 
+@where_it_lies
 def rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,6 +223,11 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ArgumentError(
             f"q, k and v must be (B, h, m, d), (B, g, n, d) and (B, g, n, d) on cuda; got {tuple(q.shape)}, "
             f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if 0 in (*q.shape, *k.shape) or not q.device == k.device == v.device:
+        raise ArgumentError(
+            f"q, k and v must have heads and rows, on one device; got {tuple(q.shape)} and {tuple(k.shape)} on "
+            f"{q.device}, {k.device} and {v.device}"
         )
     if q.dtype not in DTYPES or {k.dtype, v.dtype} != {q.dtype}:
         raise ArgumentError(

@@ -1,12 +1,11 @@
 """Prefill of prompts that lie on a GPU: what `attention.prefill` hands CUDA tensors to.
 
-Nothing is read back, but for a target of error; kernels of `gpu.block_sampled` and `gpu.listed` do the work, or, where
-rates measured in the process say that it takes no longer, a dense kernel of torch.
+A density is served without a look at the GPU; kernels of `gpu.block_sampled` and `gpu.listed` do the work, or, where
+rates measured in the process say that it takes no longer, a dense kernel.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple, cast
 
@@ -14,13 +13,14 @@ import numpy as np
 import torch
 
 from attention.block_sampled import FALL, MEASURED, SHARE, BlockSampled
-from attention.key_lists import KEYS, ROWS, KeyLists, check, edges, least_density, row_blocks
+from attention.key_lists import KEYS, ROWS, KeyLists, budget, check, edges, least_density, row_blocks
 from attention.listed import Listed
 from attention.policies import Dense
 from attention.result import Certificate, Counters, Result
 from attention.shared_prompt import BlockResult
 from attention.weights import ReLUPower, Softmax
 from gpu import block_sampled, listed, prompt_cost
+from gpu.tensors import where_it_lies
 from hsr import checks
 from hsr.errors import ArgumentError
 
@@ -39,45 +39,40 @@ class Answer(NamedTuple):
 def refuses(*, policy: Any, weight: Softmax | ReLUPower, causal: bool, **call: object) -> str | None:
     """Why prompts on a GPU cannot be served so; None if they can."""
     if not isinstance(policy, BlockSampled | Listed | Dense):
-        return "serves the policies BlockSampled, Listed and Dense alone"
+        return f"serves the policies BlockSampled, Listed and Dense alone; got {policy!r}"
     if not isinstance(weight, Softmax):
-        return "serves Softmax() alone"
-    return None if causal else "serves causal prompts alone"
+        return f"serves Softmax() alone; got {weight!r}"
+    return None if causal else "serves causal prompts alone; got causal=False"
 
 
+@where_it_lies
 def prompt(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: BlockSampled | Listed | Dense, scale: float | None
 ) -> BlockResult:
     """See `attention.prefill`; float16 or bfloat16 tensors on one GPU, widths 64, 128 or 256, rows contiguous.
 
     Values are not looked at: NaN or infinity comes out where it goes in.  Output, log-sum-exps (float32), counters and
-    densities stay on the GPU.  A density or a time needs no look at the GPU, so that a call can be captured in a CUDA
-    graph once one of its shape has run; a causal selection, an error and `Listed` wait for it.
-
+    @@
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; a density that the bands alone exceed.
     """
-    arrays = _checked(q, k, v)
+    arrays = batched(q, k, v)
     factor = arrays[1].shape[3] ** -0.5 if scale is None else checks.real("scale", scale, np.nextafter(0, 1), math.inf)
-    return result_of(_answer(policy, arrays, factor), q, arrays[1].shape[2])
+    return result_of(_answer(policy, arrays, factor), q, arrays[1].shape[2], coded=isinstance(policy, BlockSampled))
 
 
-def result_of(answer: Answer, q: torch.Tensor, n: int) -> BlockResult:
-    """What `prompt` returns of an answer; q (.., h, m, d), n keys."""
+def result_of(answer: Answer, q: torch.Tensor, n: int, coded: bool) -> BlockResult:
+    """What `prompt` returns of an answer; q (.., h, m, d), n keys, whether the eligible ones had codes."""
     output, lse, counts, densities = answer
     lead, m = q.shape[:-1], q.shape[-2]
     row = torch.arange(m, device=q.device)
     seen = row + (n - m + 1)
-    if counts is None:
-        reported = seen.expand(lead)
-    else:
-        near = seen - (row // ROWS * ROWS + (n - m)) // KEYS * KEYS  # keys of the band
-        reported = (counts[:, row // ROWS] + near).view(lead)
-    unknown, nothing, none = (
-        _constant(value, dtype, q.device).expand(lead)
-        for value, dtype in ((math.inf, torch.float32), (False, torch.bool), (0, torch.int64))
-    )
-    work: Any = reported, none, reported
+    edge = (row // ROWS * ROWS + (n - m)) // KEYS * KEYS
+    visited = edge.expand(lead) if coded and counts is not None else torch.zeros_like(edge).expand(lead)
+    reported = seen.expand(lead) if counts is None else (counts[:, row // ROWS] + (seen - edge)).view(lead)
+    unknown = torch.full((), math.inf, device=q.device).expand(lead)
+    nothing = torch.zeros((), dtype=torch.bool, device=q.device).expand(lead)
+    work: Any = reported, visited, reported
     result = Result(
         output.view(q.shape),
         cast(Any, lse.view(lead)),
@@ -86,17 +81,13 @@ def result_of(answer: Answer, q: torch.Tensor, n: int) -> BlockResult:
         Counters(*work),
         n,
     )
-    whole = _constant(1.0, torch.float64, q.device).expand(q.shape[:-2]) if densities is None else densities
-    return BlockResult(**vars(result), densities=cast(Any, whole.view(q.shape[:-2])))
+    if densities is None:
+        densities = torch.ones(math.prod(q.shape[:-2]), dtype=torch.float64, device=q.device)
+    return BlockResult(**vars(result), densities=cast(Any, densities.view(q.shape[:-2])))
 
 
-@functools.cache
-def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.full((), value, dtype=dtype, device=device)
-
-
-def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
-    """With a batch."""
+def batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
+    """With a batch, if they are alike and the kernels have a form for them; ArgumentError if not."""
     for name, part in (("q", q), ("k", k), ("v", v)):
         device, axes = getattr(part, "device", None), getattr(part, "ndim", None)
         if device != q.device or axes != q.ndim or q.ndim not in (3, 4):
@@ -115,29 +106,38 @@ def _answer(policy: BlockSampled | Listed | Dense, arrays: Tensors, scale: float
         return dense(arrays, scale)
     if isinstance(policy, Listed):
         check(policy.lists, heads, m, n)
-        return _attended(arrays, policy.lists, scale)
+        given = {name: _laid(part, q.device) for name, part in vars(policy.lists).items()}
+        return _attended(arrays, KeyLists(**given), scale)
     if policy.error is not None:
         return _within(policy, policy.error, arrays, scale)
-    rates = prompt_cost.rates(q.device, q.dtype, q.shape[3], policy.rows)
     density = policy.density
-    if density is None:
-        assert policy.seconds is not None
-        density = rates.density_for(policy.seconds, heads, m, n)
-    if rates.dense_is_faster(density, heads, m, n):
-        return dense(arrays, scale)
+    if density is not None:
+        budget(density, m, n)  # refuses one that the bands exceed
+    if density is None or m == n:
+        rates = prompt_cost.rates(q.device, q.dtype, q.shape[3], policy.rows)
+        if density is None:
+            assert policy.seconds is not None
+            density = rates.density_for(policy.seconds, heads, m, n)
+        if m == n and rates.dense_is_faster(density, heads, n):
+            return dense(arrays, scale)
     return drawn(policy, density, arrays, scale)
 
 
-def drawn(policy: BlockSampled, density: float, arrays: Tensors, scale: float) -> Answer:
-    """Over keys drawn at a density."""
-    return _attended(arrays, lists_of(policy, density, arrays, scale), scale)
+def _laid(part: Any, device: torch.device) -> Any:
+    """An array of lists as the kernels read it: contiguous, on the device."""
+    return torch.as_tensor(part, device=device).contiguous() if hasattr(part, "shape") else part
 
 
-def lists_of(policy: BlockSampled, density: float, arrays: Tensors, scale: float) -> KeyLists:
+def drawn(policy: BlockSampled, density: float, arrays: Tensors, scale: float, head: int = 0) -> Answer:
+    """Over keys drawn at a density; ``head`` is the first one's number."""
+    return _attended(arrays, lists_of(policy, density, arrays, scale, head), scale)
+
+
+def lists_of(policy: BlockSampled, density: float, arrays: Tensors, scale: float, head: int = 0) -> KeyLists:
     """The keys that are drawn at a density."""
     return block_sampled.key_lists(
         *arrays, density=density, rows=policy.rows, causal_selection=policy.causal_selection, seed=policy.seed,
-        scale=scale,
+        scale=scale, head=head,
     )  # fmt: skip
 
 
@@ -155,14 +155,17 @@ def dense(arrays: Tensors, scale: float) -> Answer:
     """Every key: torch's fused kernel where rows and keys are as many, else lists of all blocks."""
     q, k, v = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
-    if m == n and q.shape[3] <= 128:
+    if 1 < m == n and q.shape[3] <= 128 and q.is_cuda:
         attend = torch.ops.aten._scaled_dot_product_cudnn_attention
         output, lse = attend(q, k, v, None, True, 0.0, True, False, scale=scale)[:2]
         return Answer(output.contiguous(), lse.reshape(q.shape[:3]), None, None)
     blocks = edges(m, n) // KEYS
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(np.tile(blocks, heads))])).to(q.device)
-    ids = np.concatenate([np.arange(count, dtype=np.int32) for count in blocks])
-    every = torch.from_numpy(ids).to(q.device).repeat(heads)
+    total = heads * int(blocks.sum())
+    counts = (n - m + ROWS * torch.arange(len(blocks), device=q.device)).div(KEYS, rounding_mode="floor").repeat(heads)
+    offsets = torch.zeros(len(counts) + 1, dtype=torch.int64, device=q.device)
+    offsets[1:] = counts.cumsum(0)
+    begin = offsets[:-1].repeat_interleave(counts, output_size=total)
+    every = (torch.arange(total, device=q.device) - begin).int()
     none = torch.zeros_like(offsets), torch.zeros(0, dtype=torch.int32, device=q.device)
     output, lse = listed.attend(q, k, v, KeyLists(*none, block_offsets=offsets, blocks=every), scale)
     return Answer(output, lse, None, None)
@@ -182,17 +185,19 @@ def _within(policy: BlockSampled, error: float, arrays: Tensors, scale: float) -
     density = np.full(heads, least)
     while True:
         found = output.gather(1, chosen[..., None].long().expand(-1, -1, q.shape[3])).float()
-        missed = ((found - exact).norm(dim=2) / exact.norm(dim=2)).mean(1).cpu().numpy()
-        late = np.flatnonzero((missed > error) & (density < 1))
+        off = (found - exact).norm(dim=2)
+        missed = torch.where(off == 0, 0.0, off / exact.norm(dim=2)).mean(1).cpu().numpy()
+        late = np.flatnonzero(~(missed <= error) & (density < 1))  # not a number is too much
         if not late.size:
             return answer
-        density[late] = np.minimum(density[late] * np.maximum(2.0, (missed[late] / error) ** FALL), 1.0)
+        grown = np.fmax(2.0, (missed[late] / error) ** FALL)
+        density[late] = np.minimum(density[late] * grown, 1.0)
         for head in late:
-            source = head * k.shape[0] * k.shape[1] // heads
-            of = zip((q, k, v), (head, source, source), strict=True)
-            one = cast(Tensors, tuple(part.reshape(-1, *part.shape[2:])[at][None, None] for part, at in of))
+            batch, inner = divmod(int(head), q.shape[1])
+            source = inner * k.shape[1] // q.shape[1]
+            one = q[batch, inner][None, None], k[batch, source][None, None], v[batch, source][None, None]
             full = density[head] == 1
-            better = dense(one, scale) if full else drawn(policy, float(density[head]), one, scale)
+            better = dense(one, scale) if full else drawn(policy, float(density[head]), one, scale, int(head))
             output[head], lse[head] = better.output[0, 0], better.lse[0, 0]
             assert answer.counts is not None and answer.densities is not None
             answer.counts[head] = (

@@ -41,9 +41,9 @@ class Rates(NamedTuple):
         listed_pairs = max(density * int(ends(m, n).sum()), int(bands(m, n).sum()))
         return self.select.at(heads * int(edges(m, n).sum())) + self.attend.at(heads * ROWS * listed_pairs)
 
-    def dense_is_faster(self, density: float, heads: int, m: int, n: int) -> bool:
-        """Whether a dense call is expected to take no longer; never where rows continue a prefix."""
-        return m == n and self.dense.at(heads * n * n / 2) <= self.sampled(density, heads, m, n)
+    def dense_is_faster(self, density: float, heads: int, n: int) -> bool:
+        """Whether a dense call over a whole prompt is expected to take no longer."""
+        return self.dense.at(heads * n * n / 2) <= self.sampled(density, heads, n, n)
 
     def density_for(self, seconds: float, heads: int, m: int, n: int) -> float:
         """The density of a call that takes about so long; what is least, if none does."""
@@ -68,9 +68,9 @@ def rates(device: torch.device, dtype: torch.dtype, d: int, rows: int) -> Rates:
             for heads in (HEADS, GROUPS, GROUPS)
         )
         lists = prompt.lists_of(policy, DENSITY, (q, k, v), scale)
-        dense = _best(lambda: prompt.result_of(prompt.dense((q, k, v), scale), q, n))  # noqa: B023 - called at once
-        sampled = _best(lambda: prompt.result_of(prompt.drawn(policy, DENSITY, (q, k, v), scale), q, n))  # noqa: B023
-        attend = _best(lambda: listed.attend(q, k, v, lists, scale))  # noqa: B023
+        dense = _best(lambda: prompt.result_of(prompt.dense((q, k, v), scale), q, n, False), device)  # noqa: B023 - called at once
+        sampled = _best(lambda: prompt.result_of(prompt.drawn(policy, DENSITY, (q, k, v), scale), q, n, True), device)  # noqa: B023
+        attend = _best(lambda: listed.attend(q, k, v, lists, scale), device)  # noqa: B023
         taken.append([dense, max(sampled - attend, 0.0), attend])
     seen = [int(ends(n, n).sum()) for n in LENGTHS]
     work = [
@@ -87,14 +87,14 @@ def _line(work: list[float], seconds: list[float]) -> Line:
     return Line(max(seconds[0] - unit * work[0], 0.0), unit)
 
 
-def _best(call: Callable[[], object]) -> float:
+def _best(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of some calls, those of the host included, after one that may have to compile."""
     call()
     taken = []
     for _ in range(TAKES):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         begun = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - begun)
     return min(taken)

@@ -35,6 +35,7 @@ WHOLE = set("PAGES LENGTHS SEEDS COUNTS FOUND STATUS LIMITS BITS IDS".split())
 EIGHT = {"QUERIES": "*i8", "CODES": "*i8", "ROUNDED": "*i8", "KEEP": "*i8"}
 EIGHT |= {"DRAWN": "*i64", "STARTS": "*i64", "PAIRS": "*i64", "LISTED": "*i64", "POWERS": "*i64", "REPORTED": "*i64"}
 REAL = {"scale", "budget"}
+SHARED = 232448  # bytes that a program may have on Hopper
 SCALARS = 32  # spills of a consumer whose rows, scores, weights and sums of width 128 take 192 of 224 registers
 DOUBLES = set("MIDDLE SPREAD THRESHOLDS SCORES SETTINGS LARGEST TOTALS VECTORS RADIUS CAST FACTS".split())
 
@@ -139,14 +140,15 @@ def listed_cases() -> Iterator[Case]:
 def importance_cases() -> Iterator[Case]:
     """The shapes that `gpu.block_sampled` launches, keys read first, then their codes."""
     counts = {"HISTOGRAMS": "*i32", "CHANCES": "*i32", "STARTS": "*i32"}
-    for D in (64, 128):
+    for D in (64, 128, 256):
         yield Case(importance.pool, {"D": D, "DV": D, "KEYS": 128}, 8, "", {"MEANS": "*bf16", "FAR": "*i8"})
         for R, causal in ((4, False), (8, False), (8, True), (16, True)):
             shape = {"G": 4, "D": D, "R": R, "ROWS": 128, "KEYS": 128, "CAUSAL": causal}
             kinds = {"MEANS": "*bf16", "SHARES": "*fp32", "FAR": "*i8", "CODES": "*u8"}
-            yield Case(importance.normalise, shape | {"LINES": 16 // R}, 4, "MMA", kinds)
+            fitting = block_sampled.stages(D)
+            yield Case(importance.normalise, shape | {"LINES": 16 // R}, 4, "MMA", kinds, fitting)
             lines = block_sampled.COLUMNS // R
-            yield Case(importance.code, shape | {"LINES": lines, "STAGES": 3}, 8, "MMA", kinds)
+            yield Case(importance.code, shape | {"LINES": lines, "STAGES": fitting}, 8, "MMA", kinds)
     tile = {"ROWS": 128, "KEYS": 128, "TILE": block_sampled.TILE}
     yield Case(block_sampled.count, tile, 4, "", counts | {"CODES": "*u8"})
     yield Case(block_sampled.threshold, {}, 4, "", {"HISTOGRAMS": "*fp64", "BUDGETS": "*fp64", "CHANCES": "*i32"})
@@ -169,6 +171,10 @@ def compiled(case: Case) -> tuple[int, int, str]:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    if built.metadata.shared > SHARED:
+        raise RuntimeError(
+            f"{case.kernel.__name__} needs {built.metadata.shared} bytes of shared memory: {case.settings}"
+        )
     return inspected(built.asm["cubin"])
 
 

@@ -5,7 +5,9 @@ Nothing is moved between devices, cast or replaced; a scalar is a Python or nump
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,19 @@ from hsr import checks
 from hsr.errors import ArgumentError
 
 DTYPES = ("float32", "float16", "bfloat16")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def where_it_lies(call: Callable[Concatenate[torch.Tensor, P], R]) -> Callable[Concatenate[torch.Tensor, P], R]:
+    """The call, on the device of its first argument: Triton launches on the current one."""
+
+    @functools.wraps(call)
+    def wrapped(first: torch.Tensor, *rest: P.args, **named: P.kwargs) -> R:
+        with torch.cuda.device_of(first):
+            return call(first, *rest, **named)
+
+    return wrapped
 
 
 def floats(
