@@ -18,7 +18,7 @@ from attention.key_lists import KEYS, ROWS, KeyLists, check, edges, least_densit
 from attention.listed import Listed
 from attention.policies import Dense
 from attention.result import Certificate, Counters, Result
-from attention.shared_prompt import BlockResult
+from attention.shared_prompt import BlockResult, Selects
 from attention.weights import ReLUPower, Softmax
 from gpu import block_sampled, listed, prompt_cost
 from hsr import checks
@@ -38,21 +38,26 @@ class Answer(NamedTuple):
 
 def refuses(*, policy: Any, weight: Softmax | ReLUPower, causal: bool, **call: object) -> str | None:
     """Why prompts on a GPU cannot be served so; None if they can."""
-    if not isinstance(policy, BlockSampled | Listed | Dense):
-        return "serves the policies BlockSampled, Listed and Dense alone"
+    if not isinstance(policy, BlockSampled | Listed | Dense | Selects):
+        return "serves the policies BlockSampled, Listed, Dense and selectors alone"
     if not isinstance(weight, Softmax):
         return "serves Softmax() alone"
     return None if causal else "serves causal prompts alone"
 
 
 def prompt(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: BlockSampled | Listed | Dense, scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policy: BlockSampled | Listed | Dense | Selects,
+    scale: float | None,
 ) -> BlockResult:
     """See `attention.prefill`; float16 or bfloat16 tensors on one GPU, widths 64, 128 or 256, rows contiguous.
 
     Values are not looked at: NaN or infinity comes out where it goes in.  Output, log-sum-exps (float32), counters and
     densities stay on the GPU.  A density or a time needs no look at the GPU, so that a call can be captured in a CUDA
-    graph once one of its shape has run; a causal selection, an error and `Listed` wait for it.
+    graph once one of its shape has run; a causal selection, an error and `Listed` wait for it.  Selectors make their
+    lists here, and those of `attention.selectors` do not wait either.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; a density that the bands alone exceed.
@@ -108,7 +113,7 @@ def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
     return full[0], full[1], full[2]
 
 
-def _answer(policy: BlockSampled | Listed | Dense, arrays: Tensors, scale: float) -> Answer:
+def _answer(policy: BlockSampled | Listed | Dense | Selects, arrays: Tensors, scale: float) -> Answer:
     q, k, _ = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     if isinstance(policy, Dense):
@@ -116,6 +121,8 @@ def _answer(policy: BlockSampled | Listed | Dense, arrays: Tensors, scale: float
     if isinstance(policy, Listed):
         check(policy.lists, heads, m, n)
         return _attended(arrays, policy.lists, scale)
+    if not isinstance(policy, BlockSampled):
+        return _attended(arrays, policy.lists(q.flatten(0, 1), k.flatten(0, 1), scale), scale)
     if policy.error is not None:
         return _within(policy, policy.error, arrays, scale)
     rates = prompt_cost.rates(q.device, q.dtype, q.shape[3], policy.rows)
