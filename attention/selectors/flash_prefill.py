@@ -10,7 +10,7 @@ import torch
 
 from attention.block_maps import distances, key_lists
 from attention.estimates import LARGEST, means, products
-from attention.key_lists import ROWS, KeyLists
+from attention.key_lists import KEYS, ROWS, KeyLists
 from attention.selector import Selector
 from hsr import checks
 from hsr.errors import ArgumentError
@@ -68,25 +68,28 @@ class FlashPrefill(Selector):
         m, n = q.shape[1], k.shape[1]
         far = distances(m, n, q.device)  # (T, C)
         T, C = far.shape
-        energy = energies(q, means(k), scale, far)
+        energy = energies(q, means(k), scale, n)
         near = (far < self.window) | (torch.arange(C, device=q.device) < self.sinks)
         whole = near | (torch.arange(T, device=q.device) >= T - self.last)[:, None]
         keep = whole | (energy >= self.alpha * energy.amax(2, keepdim=True))
         return key_lists(keep, m, n, means=~keep if self.means else None)
 
 
-def energies(q: torch.Tensor, mean: torch.Tensor, scale: float, far: torch.Tensor) -> torch.Tensor:
-    """q (H, m, d), mean keys (G, C, d), how far back each is (T, C) -> energy of those at 0 and before: (H, T, C)."""
+def energies(q: torch.Tensor, mean: torch.Tensor, scale: float, n: int) -> torch.Tensor:
+    """q (H, m, d), mean keys (G, C, d) of n keys -> energy of each up to a row block's own, else 0: (H, T, C)."""
     heads, m, _ = q.shape
+    far = distances(m, n, q.device)
     T, C = far.shape
     step = max(1, LARGEST // (heads * ROWS * C))  # row blocks at a time
     parts = []
     for first in range(0, T, step):
-        some = far[first : first + step]
-        rows = q[:, ROWS * first : ROWS * (first + step)]
-        scores = torch.nn.functional.pad(products(rows, mean) * scale, (0, 0, 0, -rows.shape[1] % ROWS))
+        last = min(first + step, T)
+        width = (n - m + ROWS * (last - 1)) // KEYS + 1  # key blocks up to their own
+        rows = q[:, ROWS * first : ROWS * last]
+        scores = torch.nn.functional.pad(products(rows, mean[:, :width]) * scale, (0, 0, 0, -rows.shape[1] % ROWS))
         absent = ROWS * first + torch.arange(scores.shape[1], device=q.device) >= m
-        hidden = (some < 0)[:, None] | absent.view(-1, ROWS, 1)
-        scores = scores.view(heads, -1, ROWS, C).masked_fill_(hidden, -torch.inf)
-        parts.append((scores - scores.amax((2, 3), keepdim=True)).exp_().sum(2))
+        hidden = (far[first:last, :width] < 0)[:, None] | absent.view(-1, ROWS, 1)
+        scores = scores.view(heads, -1, ROWS, width).masked_fill_(hidden, -torch.inf)
+        energy = (scores - scores.amax((2, 3), keepdim=True)).exp_().sum(2)
+        parts.append(torch.nn.functional.pad(energy, (0, C - width)))
     return torch.cat(parts, 1)

@@ -68,14 +68,16 @@ def block_sums(q: torch.Tensor, k: torch.Tensor, scale: float, stride: int) -> t
     T, C, cells = row_blocks(m), key_blocks(n), ROWS // stride
     rows = torch.nn.functional.pad(q / stride, (0, 0, 0, ROWS * T - m)).unflatten(1, (-1, stride)).flip(2).flatten(2)
     keys = torch.nn.functional.pad(k, (0, 0, 0, KEYS * C - n)).unflatten(1, (-1, stride)).flatten(2)
-    column = torch.arange(keys.shape[1], device=q.device)
     step = max(1, LARGEST // (heads * cells * keys.shape[1]))  # row blocks at a time
     parts = []
     for first in range(0, T, step):
-        some = rows[:, cells * first : cells * (first + step)]
-        begin = stride * (cells * first + torch.arange(some.shape[1], device=q.device))  # the first row of each cell
-        later = column > (n - m + begin)[:, None] // stride
-        shares = (products(some, keys) * scale).masked_fill_(later, -torch.inf).softmax(2)
-        shares = shares * (begin < m)[:, None]
-        parts.append(shares.unflatten(2, (C, cells)).sum(3).unflatten(1, (-1, cells)).sum(2))
+        last = min(first + step, T)
+        width = min((n - m + ROWS * last - 1) // KEYS + 1, C)  # key blocks that their rows see
+        begin = stride * torch.arange(cells * first, cells * last, device=q.device)  # the first row of each cell
+        column = torch.arange(cells * width, device=q.device)
+        scores = products(rows[:, cells * first : cells * last], keys[:, : cells * width]) * scale
+        shares = scores.masked_fill_(column > (n - m + begin)[:, None] // stride, -torch.inf).softmax(2)
+        shares *= (begin < m)[:, None]
+        sums = shares.unflatten(2, (width, cells)).sum(3).unflatten(1, (-1, cells)).sum(2)
+        parts.append(torch.nn.functional.pad(sums, (0, C - width)))
     return torch.cat(parts, 1)
