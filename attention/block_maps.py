@@ -2,7 +2,7 @@
 
 Row block I begins in key block ``E_I``, of which its band starts (`attention.key_lists`); earlier key blocks are
 eligible.  A map is (H, T, C) bool for C = ceil(n / 128) key blocks, the band's included.  With H heads it takes about
-30 H T C bytes on the way to lists, 1 GB for 128K tokens of 32 heads.
+40 H T C bytes on the way to lists, 1.4 GB for 128K tokens of 32 heads.
 """
 
 from __future__ import annotations

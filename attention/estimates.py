@@ -69,6 +69,19 @@ def _means_of(shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return shares.mean(1), skewed.mean(1)
 
 
+def by_block_distance(by_distance: torch.Tensor, phase: int) -> torch.Tensor:
+    """Attention (H, n) by distance -> by distance in blocks, from -1 on, of rows that begin ``phase`` into a block.
+
+    Of 128 rows, distance D lies ``(D - phase) // 128`` blocks back for all but ``(D - phase) % 128``, and one more for
+    those.
+    """
+    n = by_distance.shape[1]
+    shifted = torch.nn.functional.pad(by_distance, (KEYS - phase, (phase - n) % KEYS)).unflatten(1, (-1, KEYS))
+    rest = torch.arange(KEYS, device=by_distance.device, dtype=by_distance.dtype) / KEYS
+    near, next_one = (shifted * (1 - rest)).sum(2), (shifted * rest).sum(2)
+    return torch.nn.functional.pad(near, (0, 1)) + torch.nn.functional.pad(next_one, (1, 0))
+
+
 def ranks(mass: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
     """Place of each entry (H, w) when the forced ones come first, then the largest: (H, w) int64."""
     return _order(mass, forced).argsort(1)

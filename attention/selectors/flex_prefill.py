@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from attention.block_maps import distances, key_lists
-from attention.estimates import covering, last_rows, means, pooled, products, ranks, wide
+from attention.estimates import by_block_distance, covering, last_rows, means, pooled, products, ranks, wide
 from attention.key_lists import KEYS, KeyLists
 from attention.selector import Selector
 from hsr import checks
@@ -84,7 +84,7 @@ class FlexPrefill(Selector):
         self, by_key: torch.Tensor, by_distance: torch.Tensor, aware: torch.Tensor, phase: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Key blocks (H, C) and block distances (H, >= C + 1), from -1 on, whose attention reaches gamma."""
-        blocks, crossed = pooled(by_key), _crossed(by_distance, phase)
+        blocks, crossed = pooled(by_key), by_block_distance(by_distance, phase)
         share = torch.where(aware, 0.0, self.gamma)
         return (
             covering(blocks, share, torch.arange(blocks.shape[1], device=blocks.device) == 0, self._least),
@@ -120,19 +120,6 @@ class FlexPrefill(Selector):
         shares = (products(means(q), means(k)) * scale).masked_fill_(far < 0, -torch.inf).softmax(2)
         none = torch.zeros((), dtype=torch.bool, device=q.device)
         return covering(shares.flatten(1), self.gamma, none).view(shares.shape)
-
-
-def _crossed(by_distance: torch.Tensor, phase: int) -> torch.Tensor:
-    """Attention (H, n) by distance -> by distance in blocks, from -1 on, of rows that begin ``phase`` into a block.
-
-    Of 128 rows, distance D lies ``(D - phase) // 128`` blocks back for all but ``(D - phase) % 128``, and one more for
-    those.
-    """
-    n = by_distance.shape[1]
-    shifted = torch.nn.functional.pad(by_distance, (KEYS - phase, (phase - n) % KEYS)).unflatten(1, (-1, KEYS))
-    rest = torch.arange(KEYS, device=by_distance.device, dtype=by_distance.dtype) / KEYS
-    near, next_one = (shifted * (1 - rest)).sum(2), (shifted * rest).sum(2)
-    return torch.nn.functional.pad(near, (0, 1)) + torch.nn.functional.pad(next_one, (1, 0))
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
