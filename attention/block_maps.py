@@ -62,7 +62,7 @@ def key_lists(
     """Lists of what is eligible among key blocks (H, T, C) to keep whole, others that their means stand for, and keys.
 
     Means are (H, T, C) bool; columns (H, w) or (1, w) int64, keys that every row of a head is shown, no key twice.
-    Whatever is in a kept block counts as that.
+    A key in a block that is kept or stood for is not listed beside it.
     """
     older = distances(m, n, keep.device) > 0
     ids = torch.arange(keep.shape[2], device=keep.device)
@@ -72,5 +72,6 @@ def key_lists(
         tokens = torch.zeros_like(blocks[0]), blocks[1][:0]
     else:
         inside = (columns // KEYS)[:, None].expand(*keep.shape[:2], -1)
-        tokens = compressed((older & ~keep).gather(2, inside), columns[:, None])
+        taken = keep if means is None else keep | means
+        tokens = compressed((older & ~taken).gather(2, inside), columns[:, None])
     return KeyLists(*tokens, None, *blocks, *pooled)
