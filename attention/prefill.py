@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from attention.block_sampled import BlockSampled
 from attention.engine import Plan, fold, prompt_limits
-from attention.listed import Listed
 from attention.policies import Policy
 from attention.result import Result, joined
 from attention.sampled import Sampled
-from attention.shared_prompt import attend_prompt
+from attention.shared_prompt import Shared, attend_prompt
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr.backend import preferred
@@ -26,7 +24,7 @@ def prefill(
     *,
     causal: bool = True,
     weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-    policy: Policy | Sampled | BlockSampled | Listed | None = None,
+    policy: Policy | Sampled | Shared | None = None,
     scale: float | None = None,
     method: str = "auto",
 ) -> Result:
@@ -38,7 +36,8 @@ def prefill(
         v: (g, n, dv) or (B, g, n, dv).
         causal: row i sees the keys up to ``i + n - m`` (bottom-right aligned, so m < n continues a cached prefix).
         weight: as for `decode`.
-        policy: as for `decode`; or BlockSampled(...) or Listed(lists), whose rows share keys, for causal prompts.
+        policy: as for `decode`; or, for causal prompts, one whose rows share keys: BlockSampled(...), Listed(lists) or
+            a selector of `attention.selectors`.
         scale: as for `decode`.
         method: index method, a name of the dispatch table or "auto"; for BlockSampled, a method of its operations.
 
@@ -55,7 +54,7 @@ def prefill(
         run = preferred("prompt", device=device, policy=policy, weight=weight, causal=causal)
         answer: Result = run(q, k, v, policy, scale)
         return answer
-    if isinstance(policy, BlockSampled | Listed):
+    if isinstance(policy, Shared):
         return attend_prompt(policy, q, k, v, causal=causal, weight=weight, scale=scale, method=method)
     plan = Plan(weight, policy, scale)
     queries, keys, values = fold("q", q), fold("k", k), fold("v", v)

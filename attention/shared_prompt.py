@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -73,6 +73,7 @@ class SharedPrompt:
         return Answer(output, lse, counts(lists).reshape(heads, -1), lists.densities(m, n))
 
 
+@runtime_checkable
 class Shared(Protocol):
     """A policy whose rows share keys; its attribute ``shared`` is True."""
 
@@ -82,6 +83,15 @@ class Shared(Protocol):
 
     def visited(self, edges: np.ndarray) -> np.ndarray:
         """Codes looked at for each block of rows with so many eligible keys: (T,) -> (T,)."""
+        ...
+
+
+@runtime_checkable
+class Selects(Protocol):
+    """A policy that makes the lists of tensors, where they are: on a GPU `gpu.prompt` serves it."""
+
+    def lists(self, q: Any, k: Any, scale: float) -> KeyLists:
+        """q (H, m, d), k (G, n, d) -> lists of H T lines."""
         ...
 
 

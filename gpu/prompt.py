@@ -17,7 +17,7 @@ from attention.key_lists import KEYS, ROWS, KeyLists, budget, check, edges, leas
 from attention.listed import Listed
 from attention.policies import Dense
 from attention.result import Certificate, Counters, Result
-from attention.shared_prompt import BlockResult
+from attention.shared_prompt import BlockResult, Selects
 from attention.weights import ReLUPower, Softmax
 from gpu import block_sampled, listed, prompt_cost
 from gpu.tensors import where_it_lies
@@ -38,8 +38,8 @@ class Answer(NamedTuple):
 
 def refuses(*, policy: Any, weight: Softmax | ReLUPower, causal: bool, **call: object) -> str | None:
     """Why prompts on a GPU cannot be served so; None if they can."""
-    if not isinstance(policy, BlockSampled | Listed | Dense):
-        return f"serves the policies BlockSampled, Listed and Dense alone; got {policy!r}"
+    if not isinstance(policy, BlockSampled | Listed | Dense | Selects):
+        return f"serves the policies BlockSampled, Listed, Dense and selectors alone; got {policy!r}"
     if not isinstance(weight, Softmax):
         return f"serves Softmax() alone; got {weight!r}"
     return None if causal else "serves causal prompts alone; got causal=False"
@@ -47,12 +47,19 @@ def refuses(*, policy: Any, weight: Softmax | ReLUPower, causal: bool, **call: o
 
 @where_it_lies
 def prompt(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: BlockSampled | Listed | Dense, scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policy: BlockSampled | Listed | Dense | Selects,
+    scale: float | None,
 ) -> BlockResult:
     """See `attention.prefill`; float16 or bfloat16 tensors on one GPU, widths 64, 128 or 256, rows contiguous.
 
     Values are not looked at: NaN or infinity comes out where it goes in.  Output, log-sum-exps (float32), counters and
-    @@
+    densities stay on the GPU.  A density or a time needs no look at the GPU, so that a call can be captured in a CUDA
+    graph once one of its shape, dtype and policy has run; a causal selection, an error and `Listed` wait for it.
+    Selectors make their lists here, and those of `attention.selectors` do not wait either.
+
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; a density that the bands alone exceed.
     """
@@ -99,7 +106,7 @@ def batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Tensors:
     return full[0], full[1], full[2]
 
 
-def _answer(policy: BlockSampled | Listed | Dense, arrays: Tensors, scale: float) -> Answer:
+def _answer(policy: BlockSampled | Listed | Dense | Selects, arrays: Tensors, scale: float) -> Answer:
     q, k, _ = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     if isinstance(policy, Dense):
@@ -108,6 +115,8 @@ def _answer(policy: BlockSampled | Listed | Dense, arrays: Tensors, scale: float
         check(policy.lists, heads, m, n)
         given = {name: _laid(part, q.device) for name, part in vars(policy.lists).items()}
         return _attended(arrays, KeyLists(**given), scale)
+    if not isinstance(policy, BlockSampled):
+        return _attended(arrays, policy.lists(q.flatten(0, 1), k.flatten(0, 1), scale), scale)
     if policy.error is not None:
         return _within(policy, policy.error, arrays, scale)
     density = policy.density

@@ -1,0 +1,25 @@
+"""Selectors through the GPU's prefill, there or interpreted, beside the CPU's."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from attention import Softmax, prefill  # noqa: E402
+from attention.selectors import StreamingLLM  # noqa: E402
+from gpu import prompt as module  # noqa: E402
+from tests.gpu.interpreted import normal, pytestmark  # noqa: E402, F401
+
+
+def test_a_selector_makes_its_lists_where_the_tensors_are():
+    q, k, v = (normal(2, heads, 150, 64, seed=heads).half() for heads in (2, 1, 1))
+    q, policy = q[:, :, -140:], StreamingLLM(sinks=3, window=1)
+    assert module.refuses(policy=policy, weight=Softmax(), causal=True) is None
+    assert "selectors" in str(module.refuses(policy=None, weight=Softmax(), causal=True))
+    found = module.prompt(q, k, v, policy, None)
+    wanted = prefill(*(x.cpu().double().numpy() for x in (q, k, v)), policy=policy)
+    assert (found.output.cpu().double() - torch.from_numpy(wanted.output)).abs().max() < 4e-3
+    assert torch.equal(found.counters.reported.cpu(), torch.from_numpy(wanted.counters.reported))
+    assert torch.allclose(found.densities.cpu().double(), torch.from_numpy(wanted.densities))
