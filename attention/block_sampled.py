@@ -9,8 +9,8 @@ those of the best 128 x 128 blocks of each head by true mass, 0.31 as it stands 
 - 0.30 with exact log-sums, which cost a second pass over the keys; 0.50 where the first key block, which holds the
   sink, counts by its mean key, too;
 - 0.35 with the mean key's share of all 128 rows instead of the representatives'; 0.41 with the block's mass by their
-  exact scores instead of its mean key; 0.87 against 0.48 (by predicted variance) without any share of the block's: then keys
-  that the representatives do not need are drawn too seldom for the rows that do;
+  exact scores instead of its mean key; 0.87 against 0.48 (by predicted variance) without any share of the block's:
+  then keys that the representatives do not need are drawn too seldom for the rows that do;
 - 0.33 without the values' distances;
 - 0.63 against 0.48 (by predicted variance) where weights are smeared along diagonals, for heads that look back by a
   fixed distance: they gain less than the others lose;
