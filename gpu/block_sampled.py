@@ -241,7 +241,7 @@ class _Plan:
             num_warps=8,
         )  # fmt: skip
 
-    def drawn(self, first: int, many: int, spend: torch.Tensor, seed: int, offset: int) -> _Drawn:
+    def drawn(self, first: int, many: int, spend: torch.Tensor, seed: int, offset: int = 0) -> _Drawn:
         """Codes, thresholds and lengths of heads first .. first + many."""
         q, k, T, room, R = self._q, self._k, self._T, self._room, self._rows
         h, m, d = q.shape[1:]

@@ -224,9 +224,9 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"q, k and v must be (B, h, m, d), (B, g, n, d) and (B, g, n, d) on cuda; got {tuple(q.shape)}, "
             f"{tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if 0 in (*q.shape, *k.shape) or not q.device == k.device == v.device:
+    if 0 in (*q.shape[:2], *k.shape[:2]) or not q.device == k.device == v.device:
         raise ArgumentError(
-            f"q, k and v must have heads and rows, on one device; got {tuple(q.shape)} and {tuple(k.shape)} on "
+            f"q, k and v must have heads, on one device; got {tuple(q.shape)} and {tuple(k.shape)} on "
             f"{q.device}, {k.device} and {v.device}"
         )
     if q.dtype not in DTYPES or {k.dtype, v.dtype} != {q.dtype}:

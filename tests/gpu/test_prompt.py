@@ -176,7 +176,7 @@ def test_an_audit_sees_a_result_and_its_faults():
     [
         ({"q": lambda x: x.float()}, "float16 or all bfloat16"),
         ({"q": lambda x: x[0]}, "axes"),
-        ({"k": lambda x: x[:, :0], "v": lambda x: x[:, :0]}, "heads and rows"),
+        ({"k": lambda x: x[:, :0], "v": lambda x: x[:, :0]}, "must have heads"),
         ({"q": lambda x: x[:, :3]}, "multiples"),
         ({"k": lambda x: x[:, :, :200], "v": lambda x: x[:, :, :200]}, "rows"),
         ({"v": lambda x: x.mT.contiguous().mT}, "contiguous"),
