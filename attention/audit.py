@@ -183,7 +183,7 @@ def audit(
     if any(limit is not None for limit in limits.values()):
         raise ArgumentError(f"max_dropped, max_error and max_exceeding must be None without escalate; got {limits}")
     # codes are fitted to all queries of a call, and blocks of rows share keys
-    far = getattr(getattr(q, "device", None), "type", "cpu") != "cpu"  # where policies are served on whole prompts
+    far = checks.device(q) != "cpu"  # where policies are served on whole prompts
     alike = getattr(chosen, "bytes_per_key", None) is None and not is_shared(chosen) and not far
     return look.at(chosen, chosen if alike else _answered(chosen, prompt), delta)
 

@@ -94,7 +94,7 @@ class Prompt:
 def prompt_of(q: Any, k: Any, v: Any, causal: bool, weight: Softmax | ReLUPower, scale: float | None) -> Prompt:
     """The arguments, if they fit each other; tensors on a GPU make a `gpu.audited.CudaPrompt`, which looks alike."""
     Plan(weight, None, scale)
-    device = getattr(getattr(q, "device", None), "type", "cpu")
+    device = checks.device(q)
     if device != "cpu":
         made: Prompt = preferred("audited", device=device, causal=causal, weight=weight)(q, k, v, causal, weight, scale)
         return made

@@ -11,6 +11,7 @@ from attention.sampled import Sampled
 from attention.shared_prompt import Shared, attend_prompt
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
+from hsr import checks
 from hsr.backend import preferred
 from hsr.errors import ArgumentError
 
@@ -47,7 +48,7 @@ def prefill(
     Raises:
         ArgumentError: as for `decode`; also causal with m > n, whose first rows would see no key.
     """
-    device = getattr(getattr(q, "device", None), "type", "cpu")
+    device = checks.device(q)
     if device != "cpu":
         if method != "auto":
             raise ArgumentError(f"method must be 'auto' on {device}, where the table chooses; got {method!r}")

@@ -12,7 +12,7 @@ from attention.result import Result
 from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
-from hsr import HSRIndex
+from hsr import HSRIndex, checks
 from hsr.backend import preferred
 from hsr.errors import ArgumentError
 
@@ -44,7 +44,7 @@ class DecodeSession:
         queries: Any = None,
     ) -> None:
         self._plan = Plan(weight, policy, scale)
-        device = getattr(getattr(k, "device", None), "type", "cpu")
+        device = checks.device(k)
         self._far: Any = None  # serves everything where keys and values lie on a GPU
         if device != "cpu":
             self._far = preferred("session", device=device, plan=self._plan)(k, v, self._plan)

@@ -16,6 +16,11 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 NUMPY_NAMES = {np.dtype(name): name for name in DTYPES[:3]}  # looking one up is ten times faster than str(dtype)
 
 
+def device(array: Any) -> str:
+    """The kind of device that an array lies on, "cpu" or as torch calls it; "cpu" of anything that is no tensor."""
+    return getattr(getattr(array, "device", None), "type", "cpu")
+
+
 def dtype_name(name: str, array: Any) -> str:
     """The name of the array's dtype, one of DTYPES."""
     if not hasattr(array, "dtype") or not hasattr(array, "shape"):

@@ -51,7 +51,7 @@ class HSRIndex:
 
     def __new__(cls, keys: Any = None, *args: Any, **settings: Any) -> HSRIndex:
         """An index, or one of the subclass that serves keys on a GPU; Python then calls that one's constructor."""
-        device = getattr(getattr(keys, "device", None), "type", "cpu") if cls is HSRIndex else "cpu"
+        device = checks.device(keys) if cls is HSRIndex else "cpu"
         return object.__new__(preferred("index", device=device) if device == "cuda" else cls)  # type: ignore[arg-type]
 
     def __init__(self, keys: Any, method: str = "auto", *, buffer: int = 256) -> None:
