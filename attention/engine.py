@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,17 @@ from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex, checks
 from hsr.backend import choose
 from hsr.errors import ArgumentError
+
+
+@runtime_checkable
+class Stepwise(Protocol):
+    """A policy that lists keys for one decode step at a time: see `attention.decode_selector`."""
+
+    steps: ClassVar[bool]
+
+    def begin(self, k: Any, v: Any, queries: Any, scale: float, batch: int = 1) -> Any:
+        """The state for a cache."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Plan:
     """
 
     weight: Softmax | ReLUPower
-    policy: Policy | Sampled | None
+    policy: Policy | Sampled | Stepwise | None
     scale: float | None
     method: str = "numba"
 
@@ -50,7 +61,10 @@ class Plan:
                 f"policy must choose keys row by row, which {self.policy!r} does not: it serves prefill"
             )
         if self.policy is not None and not is_policy(self.policy):
-            raise ArgumentError(f"policy must be Dense(), TopR(r), Certified(eps) or Sampled(eps); got {self.policy!r}")
+            raise ArgumentError(
+                "policy must be Dense(), TopR(r), Certified(eps) or Sampled(eps), or a decode selector of "
+                f"attention.selectors; got {self.policy!r}"
+            )
         if self.scale is not None:
             checks.real("scale", self.scale, np.nextafter(0, 1), np.inf)
 
@@ -70,6 +84,10 @@ class Plan:
 
     def attend(self, q: Any, index: HSRIndex, values: Values, limits: np.ndarray) -> Result:
         """q (h, m, d), index over (g, n, d), values of (g, n, dv), limits (h, m) -> Result (h, m), output float64."""
+        if is_stepwise(self.policy):
+            raise ArgumentError(
+                f"policy must choose keys for many rows, which {self.policy!r} does not: it serves decode, step by step"
+            )
         if values.array.shape[:2] != (index.heads, index.n) or values.dtype != index.dtype:
             raise ArgumentError(
                 f"v must be ({index.heads}, {index.n}, dv) of {index.dtype} to match keys; "
@@ -102,13 +120,13 @@ class Plan:
             report = visible.index.query(visible.q, half_space, prefix=visible.limits)
             return Selection(report, np.full(visible.limits.shape, -np.inf), "exact")
         policy = self.policy or Certified()
-        assert not isinstance(policy, Sampled)
+        assert not isinstance(policy, Sampled | Stepwise)
         return policy.select(visible)
 
 
 def is_policy(candidate: Any) -> bool:
     """Whether softmax attention can choose its keys by it."""
-    return is_coded(candidate) or is_shared(candidate) or hasattr(candidate, "select")
+    return is_coded(candidate) or is_shared(candidate) or is_stepwise(candidate) or hasattr(candidate, "select")
 
 
 def is_coded(candidate: Any) -> TypeGuard[Coded]:
@@ -119,6 +137,11 @@ def is_coded(candidate: Any) -> TypeGuard[Coded]:
 def is_shared(candidate: Any) -> bool:
     """Whether it chooses keys for blocks of a prompt's rows together."""
     return bool(getattr(candidate, "shared", False))
+
+
+def is_stepwise(candidate: Any) -> TypeGuard[Stepwise]:
+    """Whether it chooses keys for one decode step at a time."""
+    return isinstance(candidate, Stepwise)
 
 
 def _checked(q: Any, index: HSRIndex) -> np.ndarray:

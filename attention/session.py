@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from attention.engine import Plan, fold
+from attention.engine import Plan, Stepwise, fold, is_stepwise
 from attention.policies import Policy
 from attention.result import Result
 from attention.sampled import Sampled
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 from hsr import HSRIndex, checks
-from hsr.backend import preferred
+from hsr.backend import choose, preferred
 from hsr.errors import ArgumentError
 
 
@@ -22,11 +22,12 @@ class DecodeSession:
 
     Args:
         k: (g, n, d) or (B, g, n, d), n >= 1; on a GPU for what a row ``session`` of the table serves: see
-            `gpu.session`, `gpu.relu`.
+            `gpu.session`, `gpu.relu`, `attention.selected_session`.
         v: (g, n, dv) or (B, g, n, dv).
         weight, policy, scale: as for `attention.decode`.
-        method: index method, a name of the dispatch table or "auto".
-        queries: (h, m, d) or (B, h, m, d) like those to come, for instance the prompt's: `Sampled` codes keys for them.
+        method: index method, a name of the dispatch table or "auto"; for a decode selector, a method of ``chosen``.
+        queries: (h, m, d) or (B, h, m, d) like those to come, for instance the prompt's: `Sampled` codes keys for them,
+            and some of the selectors calibrate by them.
 
     Raises:
         ArgumentError: shapes or dtypes that do not fit, NaN or infinity, a policy for ReLUPower.
@@ -38,14 +39,17 @@ class DecodeSession:
         v: Any,
         *,
         weight: Softmax | ReLUPower = Softmax(),  # noqa: B008 - frozen
-        policy: Policy | Sampled | None = None,
+        policy: Policy | Sampled | Stepwise | None = None,
         scale: float | None = None,
         method: str = "auto",
         queries: Any = None,
     ) -> None:
         self._plan = Plan(weight, policy, scale)
         device = checks.device(k)
-        self._far: Any = None  # serves everything where keys and values lie on a GPU
+        self._far: Any = None  # serves everything where keys and values lie on a GPU, or a selector chooses
+        if is_stepwise(policy):
+            self._far = choose("session", "selected", device=device, plan=self._plan)(k, v, self._plan, queries, method)
+            return
         if device != "cpu":
             self._far = preferred("session", device=device, plan=self._plan)(k, v, self._plan)
             return
@@ -61,12 +65,12 @@ class DecodeSession:
 
     @property
     def index(self) -> HSRIndex:
-        """The index over the keys, batch folded into the heads; on a GPU there is none."""
+        """The index over the keys, batch folded into the heads; on a GPU, and of a decode selector, there is none."""
         return self._index
 
     @property
     def gpu(self) -> Any:
-        """What serves CUDA tensors, see `gpu.session` and `gpu.relu`; None on a CPU."""
+        """What serves CUDA tensors and decode selectors, see `attention.selected_session`; None without an index."""
         return self._far
 
     @property

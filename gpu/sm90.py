@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import block_sampled, encode, gather, half_space, importance, listed, moments, prepare, relu, scan
+from gpu import block_sampled, chosen, encode, gather, half_space, importance, listed, moments, prepare, relu, scan
 from gpu.hopper import CODES_STAGES, STAGES
 from gpu.launches import scan_warps
 
@@ -98,6 +98,7 @@ def cases() -> Iterator[Case]:
     yield from relu_cases()
     yield from listed_cases()
     yield from importance_cases()
+    yield from chosen_cases()
 
 
 def half_space_cases() -> Iterator[Case]:
@@ -155,6 +156,17 @@ def importance_cases() -> Iterator[Case]:
     yield Case(block_sampled.size, {}, 4, "", counts | {"LENGTHS": "*i64"})
     rest = {"CODES": "*u8", "OFFSETS": "*i64", "TOKENS": "*i32", "LOG_WEIGHTS": "*fp32"}
     yield Case(block_sampled.draw, tile, 4, "", counts | rest)
+
+
+def chosen_cases() -> Iterator[Case]:
+    """The shapes that `gpu.chosen` launches: lists of a query head and of a group, with log weights and means."""
+    kinds = {"TOKENS": "*i32"} | dict.fromkeys(("LOG_WEIGHTS", "MEAN_K", "MEAN_V", "MEAN_LOGS"), "*fp32")
+    for D, (tile, stages) in chosen.TILES.items():
+        for G, LINES, weighted, means in ((1, 4, False, False), (7, 1, True, False), (16, 1, True, True)):
+            shape = {"LINES": LINES, "G": G, "GP": max(chosen.ROWS, triton.next_power_of_2(G)), "D": D, "N": tile}
+            shape |= {"STAGES": stages, "WEIGHTED": weighted, "HAS_MEANS": means}
+            yield Case(chosen.chosen_parts, shape, chosen.warps(D), "HMMA", kinds, stages)
+        yield Case(chosen.chosen_merge, {"D": D, "SPLITS": chosen.MOST}, chosen.warps(D), "")
 
 
 def compiled(case: Case) -> tuple[int, int, str]:
