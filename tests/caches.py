@@ -92,18 +92,36 @@ def of_keys(made: Cache, head: int) -> np.ndarray:
     return made.k[head * len(made.k) // len(made.q)].double().numpy()
 
 
+def lloyd_by_loops(points: np.ndarray, start: np.ndarray, iterations: int, spherical: bool) -> np.ndarray:
+    """Lloyd's iteration for one head, (n,)."""
+    centres = start.copy()
+
+    def nearest() -> np.ndarray:
+        if spherical:
+            return (points @ centres.T).argmax(axis=1)
+        return np.array([((x - centres) ** 2).sum(axis=1).argmin() for x in points])
+
+    owners = nearest()
+    for _ in range(iterations):
+        for c in range(len(centres)):
+            if (owners == c).any():
+                mean = points[owners == c].mean(axis=0)
+                centres[c] = mean / max(np.linalg.norm(mean), 1e-12) if spherical else mean
+        owners = nearest()
+    return owners
+
+
 def assert_serves(selector: DecodeSelector, kind: str) -> None:
     """Lists are sound for few tokens and many, in every dtype, after appends that take it past what it must do."""
-    for n in (1, 2, 3, 9, 40, 150, 700):
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            made = cache(n, n + 90, kind).to(dtype)
-            lists = chosen_by(selector, made, (n, n + 1))
-            assert int(lists.counts.min()) >= 1
-            if lists.log_weights is not None:
-                assert torch.isfinite(lists.log_weights[lists.valid()]).all()
-            if lists.means is not None:
-                assert all(torch.isfinite(x).all() for x in (lists.means.keys, lists.means.values))
-                assert not torch.isnan(lists.means.log_weights).any()
+    cases = [(n, torch.float32) for n in (1, 2, 3, 9, 40, 150)]
+    for n, dtype in [*cases, *((500, dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16))]:
+        lists = chosen_by(selector, cache(n, n + 90, kind).to(dtype), (n, n + 1))
+        assert int(lists.counts.min()) >= 1
+        if lists.log_weights is not None:
+            assert torch.isfinite(lists.log_weights[lists.valid()]).all()
+        if lists.means is not None:
+            assert all(torch.isfinite(x).all() for x in (lists.means.keys, lists.means.values))
+            assert not torch.isnan(lists.means.log_weights).any()
 
 
 def assert_folds(selector: DecodeSelector, n: int = 400) -> None:

@@ -8,26 +8,7 @@ import torch
 
 from attention.clusters import Clusters, lloyd, plus_plus, scaled, unit
 from attention.draws import permutation
-from tests.caches import KINDS, cache
-
-
-def plain(points: np.ndarray, start: np.ndarray, iterations: int, spherical: bool) -> np.ndarray:
-    """Lloyd's iteration for one head, (n,)."""
-    centres = start.copy()
-
-    def nearest() -> np.ndarray:
-        if spherical:
-            return (points @ centres.T).argmax(axis=1)
-        return np.array([((x - centres) ** 2).sum(axis=1).argmin() for x in points])
-
-    owners = nearest()
-    for _ in range(iterations):
-        for c in range(len(centres)):
-            if (owners == c).any():
-                mean = points[owners == c].mean(axis=0)
-                centres[c] = mean / max(np.linalg.norm(mean), 1e-12) if spherical else mean
-        owners = nearest()
-    return owners
+from tests.caches import KINDS, cache, lloyd_by_loops
 
 
 @pytest.mark.parametrize("spherical", [False, True])
@@ -38,7 +19,7 @@ def test_it_is_lloyds_iteration(spherical: bool, iterations: int) -> None:
     start = points[:, permutation(2, 0, 150, points.device)[:12]]
     found = lloyd(points, start, iterations, spherical=spherical)
     for head in range(len(points)):
-        wanted = plain(points[head].numpy(), start[head].numpy(), iterations, spherical)
+        wanted = lloyd_by_loops(points[head].numpy(), start[head].numpy(), iterations, spherical)
         assert np.array_equal(found[head].numpy(), wanted)
 
 
