@@ -48,10 +48,11 @@ class SelectedSession:
         self._policy, self._dtype = plan.policy, checks.dtype_name("k", k)
         self._device = k.device if isinstance(k, torch.Tensor) else torch.device("cpu")
         keys = self._rows("k", k)
-        if 0 in keys.shape:
-            raise ArgumentError(f"k must be (g, n, d) or (B, g, n, d), none of them 0; got shape {tuple(k.shape)}")
         self._leading, self._d, self._dv = tuple(k.shape[:-2]), k.shape[-1], tuple(getattr(v, "shape", (0,)))[-1]
         values = self._values_like("v", v, k)
+        if 0 in (*keys.shape, self._dv):
+            found = f"{tuple(k.shape)} and {tuple(v.shape)}"
+            raise ArgumentError(f"k and v must have heads, tokens and widths of at least 1; got shapes {found}")
         self._scale = 1 / math.sqrt(self._d) if plan.scale is None else float(plan.scale)
         call = {"device": self._device.type, "d": self._d, "dv": self._dv, "dtype": self._dtype}
         self._attend = preferred("chosen", **call) if method == "auto" else choose("chosen", method, **call)

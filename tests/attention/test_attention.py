@@ -295,7 +295,10 @@ def test_bad_variants_are_refused(make: Any, message: str) -> None:
         ({"values": normal((2, 50, 3)).astype("f4")}, "v must be .* of float64 to match keys; got .* of float32"),
         ({"values": np.full((2, 50, 3), np.inf)}, "v must be finite"),
         ({"weight": "softmax"}, "weight must be Softmax"),
-        ({"policy": 0.01}, r"policy must be Dense\(\), TopR\(r\), Certified\(eps\) or Sampled\(eps\); got 0.01"),
+        (
+            {"policy": 0.01},
+            r"policy must be Dense\(\), .* or Sampled\(eps\), or a decode selector of attention.selectors; got 0.01",
+        ),
         ({"weight": ReLUPower(1, 0.0), "policy": TopR(3)}, "policy must be None for ReLUPower"),
         ({"scale": 0.0}, "scale must be in"),
         ({"scale": -1.0}, "scale must be in"),
