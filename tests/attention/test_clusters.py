@@ -17,6 +17,8 @@ def test_it_is_lloyds_iteration(spherical: bool, iterations: int) -> None:
     points = cache(1, 150).k
     points = unit(points) if spherical else points
     start = points[:, permutation(2, 0, 150, points.device)[:12]]
+    nobodys = -2 * points.mean(1, keepdim=True) if spherical else 99 + torch.zeros_like(points[:, :1])
+    start = torch.cat([nobodys, start], 1)
     found = lloyd(points, start, iterations, spherical=spherical)
     for head in range(len(points)):
         wanted = lloyd_by_loops(points[head].numpy(), start[head].numpy(), iterations, spherical)

@@ -75,7 +75,7 @@ def steps_of(policy: VAttention, made: Cache, count: int) -> list[list[dict[int,
 
 def test_numerator_and_denominator_are_unbiased() -> None:
     """Over 1,500 steps, by z-tests on sums of weights and of weighted values; b varies from step to step."""
-    policy = VAttention(eps=0.3, delta=0.2, heavy=0.03, base=0.05, sinks=4, recent=4, seed=7)
+    policy = VAttention(eps=0.1, delta=0.2, heavy=0.03, base=0.05, sinks=4, recent=4, seed=7)
     made = cache(2, 250, "gaussian", group=1)
     runs = steps_of(policy, made, 1500)
     assert len({len(run[0]) for run in runs}) > 10
