@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import leaderboard_decode, leaderboard_prefill, leaderboard_roster, real_keys
+from benchmarks import leaderboard_decode, leaderboard_prefill, leaderboard_roster, real_keys, smollm
 from benchmarks.gate import WrongAnswer
 from benchmarks.leaderboard_measure import DTYPE, HERE, Found
 from benchmarks.leaderboard_roster import REFUSALS, Entry
@@ -61,7 +61,7 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
 
 def read(tokens: int, layers: int) -> list[Prompt]:
     """Evenly spaced layers."""
-    chosen = [round(i * (real_keys.LAYERS - 1) / (layers - 1)) for i in range(layers)]
+    chosen = [round(i * (smollm.layer_count() - 1) / (layers - 1)) for i in range(layers)]
     return [Prompt(*(part.to(DTYPE) for part in prompt)) for prompt in real_keys.prompts(tokens, chosen, HERE)]
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-from attention.selectors.squeezed_attention import PrefixClusters
 
 from attention import BlockSampled, Certified, Dense, Sampled, TopR
 from attention.decode_selector import DecodeSelector
@@ -36,6 +35,7 @@ from attention.selectors import (
     XAttention,
     catalogue,
 )
+from attention.selectors.squeezed_attention import PrefixClusters
 from attention.with_tail import WithTail
 from benchmarks.prefill_oracles import RULES, Head
 from hsr.errors import ArgumentError, BackendUnavailable

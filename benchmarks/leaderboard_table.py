@@ -37,9 +37,9 @@ def table(measured: Mapping[str, Any]) -> str:
     return (
         "# Leaderboard\n\n"
         f"{measured['device']}; {measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}, "
-        f"`{measured['command']}`.  `benchmarks/leaderboard_case.py` says what the columns mean.  Bold: no other method "
-        "has a smaller error and reads (decode) or attends to (prefill) less.  Oracles know all scores; their times "
-        "and bytes say nothing.\n\n" + "\n".join(parts) + (f"\nLeft out:\n\n{notes}" if notes else "")
+        f"`{measured['command']}`.  `benchmarks/leaderboard_case.py` says what the columns mean.  Bold: no method has a "
+        "smaller error and reads (decode) or attends to (prefill) less.  Oracles know all scores: their times and bytes "
+        "say nothing.\n\n" + "\n".join(parts) + (f"\nLeft out:\n\n{notes}" if notes else "")
     )
 
 
