@@ -19,16 +19,17 @@ are ours.  The empirical Bernstein bound of Maurer and Pontil (COLT 2009) is wid
 from __future__ import annotations
 
 from bisect import bisect_left
-from functools import reduce
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import hypergeom
 
+from attention import betting_numba
+
 SHARES = np.arange(1, 9) / 8  # theta, the share of the capital that is bet each time
-PRIOR = np.array([1 / 14] * 7 + [1 / 2])  # half on the boldest, the best one where nearly all values are near zero
+LOG_PRIOR = np.log([1 / 14] * 7 + [1 / 2])  # half on the boldest, the best one where nearly all values are near zero
 CANDIDATES = 400  # means tried; bounds are rounded up to the next one
 PRICES = np.geomspace(1e-6, 10.0, 160)  # Lagrange multipliers tried; each gives a valid bound
-DRAWS, MOST = 16, 1e15  # draws multiplied before a logarithm is taken, and the most that one counts for
 SLACK = 1e-9  # above any rounding of a logarithm of capital
 
 
@@ -48,9 +49,7 @@ def upper_mean(x: np.ndarray, population: int, delta: float) -> float:
         return float(means[0])
 
     def refuted(i: int) -> bool:  # as is every larger one, because the capital grows with the mean
-        paths = (_log_capital(x, population, means[i : i + 1], share) for share in SHARES)
-        capital = reduce(np.logaddexp, (path + np.log(prior) for path, prior in zip(paths, PRIOR, strict=True)))
-        return bool(capital.max() >= SLACK - np.log(delta))
+        return bool(betting_numba.refutes(x, population, means[i], SHARES, LOG_PRIOR, SLACK - np.log(delta)))
 
     return float(means[bisect_left(range(CANDIDATES), True, key=refuted)])
 
@@ -75,17 +74,12 @@ def upper_mean_of_strata(x: np.ndarray, population: int, delta: float) -> float:
     means = np.array([_candidates(stratum, population) for stratum in x])
     if x.shape[1] == population:
         return float(means[:, 0].mean())
-    bounds = [means[:, -1].mean()]
-    for share, prior in zip(SHARES, PRIOR, strict=True):
-        best = np.zeros(len(PRICES))  # of sum_h max_m, at each price
-        for stratum, m in zip(x, means, strict=True):
-            capital = _last_capital(stratum, population, m[:-1], share)
-            best += (m[1:] - PRICES[:, None] * capital).max(axis=1)  # a mean may lie just below the next candidate
-        level = SLACK * len(x) - np.log(prior * delta)
-        bounds.append(((PRICES * level + best) / len(x)).min())
-    return float(min(bounds))
+    best = betting_numba.best_means(x, population, means, SHARES, PRICES).sum(axis=0)  # (S, P)
+    levels = SLACK * len(x) - LOG_PRIOR - np.log(delta)
+    return float(min(means[:, -1].mean(), ((PRICES * levels[:, None] + best) / len(x)).min()))
 
 
+@lru_cache(maxsize=4096)  # heads are often alike
 def upper_share(hits: int, sample: int, population: int, delta: float) -> float:
     """The same for the share of a population that has some property, exact: Clopper and Pearson's, hypergeometric.
 
@@ -107,24 +101,3 @@ def _candidates(x: np.ndarray, population: int) -> np.ndarray:
     """Means (CANDIDATES + 1,) from the least possible, ``x`` among zeros, to the largest, denser near the least."""
     least, most = x.sum() / population, (x.sum() + population - len(x)) / population
     return least + (most - least) * np.linspace(0, 1, CANDIDATES + 1) ** 2
-
-
-def _log_capital(x: np.ndarray, population: int, means: np.ndarray, share: float) -> np.ndarray:
-    """x (s,), means (A,) -> log of the capital (A, s) after each draw, for one share; -inf where it is lost."""
-    with np.errstate(divide="ignore"):
-        return np.log(_gains(x, population, means, share)).cumsum(axis=1)
-
-
-def _last_capital(x: np.ndarray, population: int, means: np.ndarray, share: float) -> np.ndarray:
-    """The last of `_log_capital`, (A,), or a little less; a logarithm for every DRAWS draws, which is what costs."""
-    gains = np.minimum(_gains(x, population, means, share), MOST)
-    with np.errstate(divide="ignore"):
-        return np.log(np.multiply.reduceat(gains, np.arange(0, len(x), DRAWS), axis=1)).sum(axis=1)
-
-
-def _gains(x: np.ndarray, population: int, means: np.ndarray, share: float) -> np.ndarray:
-    """What each draw multiplies the capital by, (A, s)."""
-    y = 1 - x
-    past = np.cumsum(y) - y
-    left = (population * (1 - means)[:, None] - past) / (population - np.arange(len(y)))
-    return 1 - share + share * y / np.maximum(left, 1e-300)

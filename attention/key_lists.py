@@ -134,6 +134,7 @@ class KeyLists:
         for offsets, size in ((self.token_offsets, 1), (self.block_offsets, self.keys), (self.mean_offsets, 1)):
             if offsets is not None:
                 listed = listed + size * (offsets[per::per] - offsets[:-per:per])
+        listed = listed.double() if hasattr(listed, "double") else listed  # else a tensor's sums would be float32
         return (listed + float(bands(m, n).sum())) / float(ends(m, n).sum())
 
 

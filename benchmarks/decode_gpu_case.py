@@ -59,9 +59,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("fast", {64: 24, 128: 24, 256: 48}, 0.012, 192, 1024),
+    Setting("fast", {64: 24, 128: 24, 256: 48}, 0.012, 192, 768),
     Setting("quality", {64: 32, 128: 48, 256: 96}, 0.024, 384, 2048),
-    Setting("nibbles", {64: 32, 128: 32, 256: 64}, 0.012, 192, 1024, widths=(4,)),  # as many axes, all of 4 bits
+    Setting("nibbles", {64: 32, 128: 32, 256: 64}, 0.012, 192, 768, widths=(4,)),  # as many axes, all of 4 bits
 )
 
 

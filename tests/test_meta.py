@@ -12,7 +12,7 @@ import pytest
 
 from hsr.backend import ROWS, Row
 
-PACKAGES = ("hsr", "attention", "gpu", "proofs_checks", "benchmarks")
+PACKAGES = ("hsr", "attention", "attention.modules", "gpu", "proofs_checks", "benchmarks")
 OPTIONAL = ("faiss", "torch", "transformers", "triton")
 WITHOUT = """
 import sys

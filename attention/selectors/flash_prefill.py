@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -62,6 +63,10 @@ class FlashPrefill(Selector):
     def examples(cls) -> tuple[Self, ...]:
         """See `Selector`."""
         return cls(sinks=1, window=1, last=1), cls(alpha=0.5, sinks=0, window=2, last=0, means=False)
+
+    def tighter(self, n: int) -> Self | None:
+        """See `ListMaker`: a quarter of alpha."""
+        return dataclasses.replace(self, alpha=self.alpha / 4) if self.alpha > 1e-3 else None
 
     def lists(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> KeyLists:
         """See `Selector`."""

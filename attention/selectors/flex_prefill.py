@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -11,7 +12,7 @@ import torch
 from attention.block_maps import distances, key_lists
 from attention.estimates import by_block_distance, covering, last_rows, means, pooled, products, ranks, wide
 from attention.key_lists import KEYS, KeyLists
-from attention.selector import Selector
+from attention.selector import Selector, nearer_one
 from hsr import checks
 from hsr.errors import ArgumentError
 
@@ -68,6 +69,13 @@ class FlexPrefill(Selector):
             cls(gamma=0.7, tau=1.0, min_budget=least),
             cls(tau=0.3, min_budget=least, published=True),
         )
+
+    def tighter(self, n: int) -> Self | None:
+        """See `ListMaker`: gamma halfway to 1, and twice the least budget."""
+        gamma = nearer_one(self.gamma)
+        if gamma is None or self.min_budget >= n:
+            return None
+        return dataclasses.replace(self, gamma=gamma, min_budget=2 * self.min_budget)
 
     def lists(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> KeyLists:
         """See `Selector`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -51,6 +52,11 @@ class MInference(Selector):
     def examples(cls) -> tuple[Self, ...]:
         """See `Selector`."""
         return cls(vertical=40, slash=103), cls(vertical=200, slash=120)
+
+    def tighter(self, n: int) -> Self | None:
+        """See `ListMaker`: four times as many columns and diagonals."""
+        larger = dataclasses.replace(self, vertical=4 * self.vertical, slash=4 * self.slash)
+        return larger if larger.slash < n else None
 
     def lists(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> KeyLists:
         """See `Selector`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 
 from attention.block_maps import distances, key_lists
-from attention.key_lists import KeyLists
+from attention.key_lists import KEYS, KeyLists
 from attention.selector import Selector
 from hsr import checks
 
@@ -43,6 +44,10 @@ class PowerAttention(Selector):
     def examples(cls) -> tuple[Self, ...]:
         """See `Selector`."""
         return cls(), cls(sinks=0, window=1), cls(sinks=2, window=4)
+
+    def tighter(self, n: int) -> Self | None:
+        """See `ListMaker`: four times the window."""
+        return dataclasses.replace(self, window=4 * self.window) if 4 * KEYS * self.window < n else None
 
     def lists(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> KeyLists:
         """See `Selector`."""

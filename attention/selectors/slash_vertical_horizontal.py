@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -61,6 +62,10 @@ class SlashVerticalHorizontal(Selector):
     def examples(cls) -> tuple[Self, ...]:
         """See `Selector`."""
         return cls(), cls(dropped=0.5, sinks=0, window=1, last=0)
+
+    def tighter(self, n: int) -> Self | None:
+        """See `ListMaker`: half of what may be dropped."""
+        return dataclasses.replace(self, dropped=self.dropped / 2) if self.dropped > 1e-3 else None
 
     def lists(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> KeyLists:
         """See `Selector`."""

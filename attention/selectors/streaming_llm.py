@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -44,6 +45,10 @@ class StreamingLLM(Selector):
     def examples(cls) -> tuple[Self, ...]:
         """See `Selector`."""
         return cls(window=200), cls(sinks=0, window=1), cls(sinks=150, window=128)
+
+    def tighter(self, n: int) -> Self | None:
+        """See `ListMaker`: four times the window."""
+        return dataclasses.replace(self, window=4 * self.window) if 4 * self.window < n else None
 
     def lists(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> KeyLists:
         """See `Selector`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -11,7 +12,7 @@ import torch
 from attention.block_maps import distances, key_blocks, key_lists
 from attention.estimates import LARGEST, covering, products
 from attention.key_lists import KEYS, ROWS, KeyLists, row_blocks
-from attention.selector import Selector
+from attention.selector import Selector, nearer_one
 from hsr import checks
 from hsr.errors import ArgumentError
 
@@ -51,6 +52,11 @@ class XAttention(Selector):
     def examples(cls) -> tuple[Self, ...]:
         """See `Selector`."""
         return cls(), cls(threshold=0.6, stride=16)
+
+    def tighter(self, n: int) -> Self | None:
+        """See `ListMaker`: the threshold halfway to 1."""
+        threshold = nearer_one(self.threshold)
+        return None if threshold is None else dataclasses.replace(self, threshold=threshold)
 
     def lists(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> KeyLists:
         """See `Selector`."""

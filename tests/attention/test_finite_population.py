@@ -84,6 +84,25 @@ def test_bounds_lie_between_what_was_seen_and_what_is_possible(
     assert overall <= upper_mean_of_strata(x, population, delta / 10)
 
 
+def log_capital(x: np.ndarray, population: int, means: np.ndarray, share: float) -> np.ndarray:
+    """x (s,), means (A,) -> log of the capital (A, s) after each draw, as the module's head defines it."""
+    y = 1 - x
+    left = (population * (1 - means)[:, None] - (np.cumsum(y) - y)) / (population - np.arange(len(y)))
+    with np.errstate(divide="ignore"):
+        return np.log(1 - share + share * y / np.maximum(left, 1e-300)).cumsum(axis=1)
+
+
+def test_a_mean_is_refuted_where_the_mixed_capital_ever_reaches_the_level() -> None:
+    draws = np.random.default_rng(4)
+    for _ in range(50):
+        x = draws.choice([0.0, 0.01, 0.2, 1.0], 15, p=[0.6, 0.2, 0.1, 0.1])
+        means = finite_population._candidates(x, 50)
+        paths = np.array([log_capital(x, 50, means, share) for share in finite_population.SHARES])
+        capital = np.logaddexp.reduce(paths + finite_population.LOG_PRIOR[:, None, None], axis=0).max(axis=1)
+        bound = means[np.argmax(capital >= -np.log(DELTA))]
+        assert upper_mean(x, 50, DELTA) == pytest.approx(bound, abs=1e-12)
+
+
 def test_the_dual_finds_the_largest_mean_of_two_strata() -> None:
     """Against all pairs of candidates: never below the true maximum, and above it by no more than the grid."""
     draws = np.random.default_rng(3)
@@ -91,11 +110,9 @@ def test_the_dual_finds_the_largest_mean_of_two_strata() -> None:
         x = draws.choice([0.0, 0.01, 0.2, 1.0], (2, 15), p=[0.6, 0.2, 0.1, 0.1])
         means = np.array([finite_population._candidates(row, 50) for row in x])
         largest = []
-        for share, prior in zip(finite_population.SHARES, finite_population.PRIOR, strict=True):
-            one, other = (
-                finite_population._log_capital(row, 50, m[:-1], share)[:, -1] for row, m in zip(x, means, strict=True)
-            )
-            possible = one[:, None] + other[None] < -np.log(prior * DELTA)
+        for share, log_prior in zip(finite_population.SHARES, finite_population.LOG_PRIOR, strict=True):
+            one, other = (log_capital(row, 50, m[:-1], share)[:, -1] for row, m in zip(x, means, strict=True))
+            possible = one[:, None] + other[None] < -log_prior - np.log(DELTA)
             largest.append((means[0, :-1, None] + means[1, None, :-1])[possible].max() / 2)
         found = upper_mean_of_strata(x, 50, DELTA)
         assert min(largest) <= found <= min(largest) + 0.01

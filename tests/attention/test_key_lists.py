@@ -79,6 +79,14 @@ def test_good_lists_pass_and_have_their_densities(convert: Any) -> None:
     assert lists.lines == 6
 
 
+def test_densities_are_float64_whatever_holds_the_lists() -> None:
+    offsets = np.array([0, 0, 0, 1])
+    for kind in (np.asarray, torch.from_numpy):
+        found = KeyLists(kind(offsets), kind(np.array([7], np.int32))).densities(300, 300)
+        assert str(found.dtype).endswith("float64")
+        assert float(found[0]) == (1 + key_lists.bands(300, 300).sum()) / key_lists.ends(300, 300).sum()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,13 +9,16 @@ pytest.importorskip("triton")
 
 from attention import Softmax, prefill  # noqa: E402
 from attention.selectors import StreamingLLM  # noqa: E402
+from attention.with_tail import WithTail  # noqa: E402
 from gpu import prompt as module  # noqa: E402
 from tests.gpu.interpreted import normal, pytestmark  # noqa: E402, F401
 
 
-def test_a_selector_makes_its_lists_where_the_tensors_are():
-    q, k, v = (normal(2, heads, 150, 64, seed=heads).half() for heads in (2, 1, 1))
+@pytest.mark.parametrize("tail", [{}, {"sampled": 5}, {"means": True}, {"sampled": 5, "means": True}], ids=str)
+def test_a_selector_makes_its_lists_where_the_tensors_are(tail):
+    q, k, v = (normal(2, heads, 290, 64, seed=heads).half() for heads in (2, 1, 1))
     q, policy = q[:, :, -140:], StreamingLLM(sinks=3, window=1)
+    policy = WithTail(policy, **tail) if tail else policy
     assert module.refuses(policy=policy, weight=Softmax(), causal=True) is None
     assert "selectors" in str(module.refuses(policy=None, weight=Softmax(), causal=True))
     found = module.prompt(q, k, v, policy, None)

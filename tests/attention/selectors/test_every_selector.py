@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 import attention.selectors
-from attention import audit, decode, prefill
+from attention import Dense, audit, decode, prefill
 from attention.key_lists import check, plain, row_blocks
 from attention.listed_reference import listed
 from attention.selector import Selector
@@ -127,6 +128,26 @@ def test_audits_serve_selectors_and_decode_refuses_them() -> None:
         decode(q[:, -1:], k, v, policy=EXAMPLES[0])
     with pytest.raises(ArgumentError, match="causal must be True"):
         prefill(q, k, v, policy=EXAMPLES[0], causal=False)
+
+
+@every
+def test_tighter_settings_attend_to_more_and_end(selector: Selector) -> None:
+    """Of sixteen thousand keys, so that there is something to tighten; attended to over fewer."""
+    prompt, ladder = gaussian(14, 300, 600), [selector]
+    while (following := ladder[-1].tighter(1 << 14)) is not None:
+        ladder.append(following)
+    densities = [float(lists_of(rung, prompt).densities(300, 600).mean()) for rung in ladder]
+    assert 2 <= len(ladder) < 20 and all(type(rung) is type(selector) for rung in ladder)
+    assert densities == sorted(densities)
+
+
+@every
+def test_an_audit_goes_on_from_a_selector_until_nothing_is_dropped(selector: Selector) -> None:
+    prompt = gaussian(15, 300, 700)
+    found = audit(*prompt, selector, rows=4, escalate=True, max_error=0.0)
+    tried = [attempt.audited for attempt in (*found.earlier, found)]
+    assert tried[0] == selector and tried[-1] == Dense()
+    assert all(tighter == looser.tighter(700) for looser, tighter in itertools.pairwise(tried[:-1]))
 
 
 def test_a_new_selector_is_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
