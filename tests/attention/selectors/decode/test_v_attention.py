@@ -126,11 +126,11 @@ def test_a_smaller_error_takes_more_keys() -> None:
 
 
 def test_seeds_and_numbers_of_tokens_draw_anew_and_the_same_the_same() -> None:
-    made, policy = cache(6, 401, "gaussian"), VAttention(eps=0.3, sinks=0, recent=0)
+    made, policy = cache(6, 401, "gaussian"), VAttention(eps=0.2, heavy=0.0, sinks=0, recent=0)
     first, other = runs_of(policy, made.first(400), 2)
     assert [first, other] == runs_of(policy, made.first(400), 2) and first != other
     grown = set(weights(chosen_by(policy, made), 0))
-    assert len(grown & set(first[0])) < 0.7 * len(grown)
+    assert len(grown) > 20 and len(grown & set(first[0])) < 0.5 * len(grown)
 
 
 def test_few_keys_are_all_attended_to() -> None:
