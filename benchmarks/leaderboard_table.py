@@ -34,12 +34,11 @@ def table(measured: Mapping[str, Any]) -> str:
     """Both parts, the smallest errors last among what each method offers; bold where nothing beats it."""
     parts = [_part(measured["rows"], part) for part in PANELS]
     notes = "".join(f"- {note}\n" for note in measured["notes"])
+    where = f"{measured['device']}; {measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}"
     return (
-        "# Leaderboard\n\n"
-        f"{measured['device']}; {measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}, "
-        f"`{measured['command']}`.  `benchmarks/leaderboard_case.py` says what the columns mean.  Bold: no method has a "
-        "smaller error and reads (decode) or attends to (prefill) less.  Oracles know all scores: their times and bytes "
-        "say nothing.\n\n" + "\n".join(parts) + (f"\nLeft out:\n\n{notes}" if notes else "")
+        f"# Leaderboard\n\n{where}, `{measured['command']}`.  `benchmarks/leaderboard_case.py` says what the columns mean. "
+        "Bold: no method has a smaller error and reads (decode) or attends to (prefill) less.  Oracles know all scores: "
+        "their times and bytes say nothing.\n\n" + "\n".join(parts) + (f"\nLeft out:\n\n{notes}" if notes else "")
     )
 
 
