@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import Certified, Dense, TopR
-from attention.modules import CompositionalAttention, reference
+from attention.modules import Composed, CompositionalAttention, reference
 from hsr import ArgumentError
 from tests.attention.modules.training import trained
 
@@ -91,6 +92,36 @@ def test_the_error_is_within_its_bound(
     assert found.searches.certificate.dropped_mass.shape == (2, module.searches, 60)
     if isinstance(policy, Certified):
         assert found.searches.certificate.dropped_mass.max() <= policy.eps
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.sampled_from((1e-6, 1e-3, 0.1, 1.0)), st.sampled_from((0.1, 1.0, 30.0, 1000.0)))
+def test_the_bound_holds_where_an_error_turns_the_second_softmax(seed: int, size: float, sharp: float) -> None:
+    off, found, first = conspired(seed, size, sharp)
+    assert (off <= found.error * (1 + 1e-9) + 1e-12).all()
+    assert (found.error >= first * (1 - 1e-12)).all()
+
+
+def test_the_second_softmax_can_make_an_error_larger() -> None:
+    off, _, first = conspired(0, 0.1, 1000.0)
+    assert (off > 2 * first).any()
+
+
+def conspired(seed: int, size: float, sharp: float) -> tuple[np.ndarray, Composed, np.ndarray]:
+    """Searches off by ``size`` towards one retrieval: the output's error, what was found, a bound without turning."""
+    module = layer(seed)
+    x = torch.randn(1, 12, 8, dtype=torch.float64)
+    with torch.no_grad():
+        module.retrieval_query.weight *= sharp
+        exact = module.sparse(x, policy=Dense())
+        towards = module.retrieval_query(x).unflatten(2, (2, -1)).transpose(1, 2) @ module.retrieval_key.weight
+        push = torch.stack([-towards, towards, 0 * towards], dim=3).flatten(3)  # of R = 3
+        push *= size / push.norm(dim=-1, keepdim=True)
+        certificate = replace(exact.searches.certificate, output_error=np.full((1, 2, 12), size))
+        pushed = replace(exact.searches, output=exact.searches.output + push, certificate=certificate)
+        found = module.composed(x, pushed)
+        norm = float(torch.linalg.matrix_norm(module.out.weight, 2))
+    return (found.output - exact.output).norm(dim=-1).numpy(), found, norm * size * np.full((1, 12), np.sqrt(2))
 
 
 def test_the_bound_tightens_with_the_policy() -> None:
