@@ -127,7 +127,7 @@ class CompositionalAttention(nn.Module):
         return q, k, self.value(x)[:, None].expand(-1, self.searches, -1, -1)
 
     def composed(self, x: torch.Tensor, found: Result) -> Composed:
-        """Tokens x (B, m, width) and what their searches found, (B, S, m, R dv) -> output, with a bound on its error."""
+        """Tokens x (B, m, width) and what their searches found, (B, S, m, R dv) -> output and a bound on its error."""
         with torch.no_grad():
             output, each = self._composed(x, found.output)
             return Composed(output, found, self._error(x, found, each))
