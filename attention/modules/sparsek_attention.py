@@ -163,6 +163,8 @@ class SparseKAttention(nn.Module):
     def step(self, x: torch.Tensor, cache: SparseKCache) -> tuple[torch.Tensor, SparseKCache]:
         """Output of one more token x (B, width), and the cache with it; the given cache stays as it was.
 
+        Under ``torch.no_grad()``, as one generates; else gradients flow back through the cache, which keeps all steps.
+
         Raises:
             ArgumentError: a shape or dtype that does not match the cache, NaN or infinity.
         """

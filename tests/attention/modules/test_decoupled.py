@@ -23,7 +23,7 @@ def layer(seed: int, dtype: torch.dtype = torch.float64, **changes: Any) -> Deco
     return DecoupledAttention(**given)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data())
 def test_a_session_is_the_definition(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -68,7 +68,7 @@ def test_a_growing_session_is_one_made_whole() -> None:
     assert session.lengths.tolist() == [600, 600] and session.index.n == 600
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 9), st.data())
 def test_the_dense_form_is_the_definition_and_the_search(seed: int, n: int, r: int, data: st.DataObject) -> None:
     module = layer(seed, r=r)
@@ -112,7 +112,7 @@ def test_gradients_are_exact() -> None:
     assert torch.autograd.gradcheck(run, tables)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.data())
 def test_full_attention_over_what_narrow_keys_choose(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
