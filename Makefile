@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode clean
+.PHONY: help demo test test-long check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ decode-cpu: $(VENV)/.demo ## one decode step over long caches beside torch's den
 
 long-decode: $(VENV)/.demo ## 4,096 steps through one session: time, error and memory; writes long-decode.json likewise
 	$(BIN)/python -m benchmarks.run long-decode --json benchmarks/results/long-decode.json
+
+leaderboard: $(VENV)/.demo ## published systems and ours on the same heads; writes leaderboard.json, .md and -*.png likewise
+	$(BIN)/python -m benchmarks.run leaderboard --json benchmarks/results/leaderboard.json
+	$(BIN)/python -m benchmarks.plots benchmarks/results/leaderboard.json
+	$(BIN)/python -m benchmarks.leaderboard_table benchmarks/results/leaderboard.json
 
 clean: ## remove .venv, caches, build products and reports
 	rm -rf $(VENV) build dist demo_report .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -8,11 +8,30 @@ G = B g key-value heads of n tokens each; query head x reads key-value head ``x 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 
 from attention.token_lists import TokenLists
+
+
+class Attended(NamedTuple):
+    """A step that has been attended to."""
+
+    q: torch.Tensor  # (H, d)
+    k: torch.Tensor  # (G, n, d)
+    v: torch.Tensor  # (G, n, dv)
+    output: torch.Tensor  # (H, dv)
+    lse: torch.Tensor  # (H,)
+
+
+class Bounds(NamedTuple):
+    """What is known of a step's error, each (H,) float64 and at the confidence stated; see `attention.Certificate`."""
+
+    dropped_mass: torch.Tensor
+    output_error: torch.Tensor  # what rounds the output to its dtype left aside
+    lse_error: torch.Tensor
+    confidence: float
 
 
 class Steps(ABC):
@@ -29,6 +48,10 @@ class Steps(ABC):
     @abstractmethod
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> TokenLists:
         """q (H, d), k (G, n, d), v (G, n, dv), all that was appended -> H lists, or G that groups share."""
+
+    def bounds(self, seen: Attended) -> Bounds | None:
+        """Of the step that was chosen last; None where nothing is known, as of all that choose without drawing."""
+        return None
 
 
 class DecodeSelector(ABC):

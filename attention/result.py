@@ -30,7 +30,8 @@ class Certificate:
             the stated confidence over the random draw, as estimated from it) or "none" (nothing is known: every bound
             is infinite).
         dropped_mass: bound on the share of the weight that was dropped (tau in Theorem 4.3 of arXiv 2410.10165); NaN
-            where what was dropped is made up for by the weights of a sample.
+            where what was dropped is made up for by the weights of a sample; of `attention.step_tail.StepTail`, whose
+            sample tells, what was left out before the sample made up for it.
         output_error: bound on ``||output - exact||_2``.  The truncation part uses
             ``exact - output = tau (mu - output)``, mu the mean of the dropped values, inside the values' ball; the
             rest bounds the rounding, that of the output's own dtype included.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from attention.decode_selector import Attended, Bounds
 from attention.engine import Plan, Stepwise, fold, is_stepwise
 from attention.held_rows import HeldRows
-from attention.result import Certificate, Counters, Result
+from attention.result import ROUNDING, SMALLEST, Certificate, Counters, Result
 from attention.shared_prompt import LARGEST
 from attention.token_lists import TokenLists
 from hsr import checks
@@ -24,7 +26,9 @@ def refuses(*, plan: Plan, **call: object) -> str | None:
 
 
 class SelectedSession:
-    """See `attention.DecodeSession`; one query a head and step, nothing is evicted, nothing known of the error.
+    """See `attention.DecodeSession`; one query a head and step, nothing is evicted.
+
+    Certificates are of the kind "none", or what the selector says (`attention.decode_selector.Bounds`).
 
     On a CPU, float16 and bfloat16 are held as float32, exactly.  On a GPU they stay as they are, d is 64, 128 or 256
     and dv = d; results stay there; appended tokens and queries are not read by the host: NaN or infinity in them gives
@@ -102,11 +106,21 @@ class SelectedSession:
         rows = self._row("q", q)
         lists = self._lists(rows)
         output, lse = self._attend(rows, self._keys.rows, self._values.rows, lists, self._scale)
-        reported = lists.attended().repeat_interleave(len(rows) // len(lists.tokens))
         if self._device.type == "cpu":
-            return _result(output[:, None], lse[:, None], reported[:, None].numpy(), self.n, np).shaped(q.shape[:-1], q)
-        lead = q.shape[:-1]
-        return _result(output.view(*lead, self._dv), lse.view(lead), reported.view(lead), self.n, torch)
+            output, lse = torch.from_numpy(output), torch.from_numpy(lse)
+        bounds = self._steps.bounds(Attended(rows, self._keys.rows, self._values.rows, output, lse))
+        reported = lists.attended().repeat_interleave(len(rows) // len(lists.tokens))
+        work = Counters(*[self._like(x, q) for x in (reported, torch.zeros_like(reported), reported)])
+        made = _certificate(output, lse, bounds, self._dtype)
+        arrays = {name: self._like(x, q) for name, x in vars(made).items() if isinstance(x, torch.Tensor)}
+        made = dataclasses.replace(made, **arrays)
+        rows_of, sums, empty = (self._like(x, q) for x in (output, lse, lse.isneginf()))
+        result = Result(rows_of, sums, empty, made, work, self.n)
+        return result.shaped(q.shape[:-1], q) if self._device.type == "cpu" else result
+
+    def _like(self, x: torch.Tensor, q: Any) -> Any:
+        """Of heads (H, ...) -> of the leading shape of q, on a GPU; on a CPU numpy of (H, 1, ...), which is shaped."""
+        return x[:, None].numpy() if self._device.type == "cpu" else x.view(*q.shape[:-1], *x.shape[1:])
 
     def _lists(self, rows: torch.Tensor) -> TokenLists:
         lists: TokenLists = self._steps.choose(rows, self._keys.rows, self._values.rows)
@@ -168,11 +182,16 @@ class SelectedSession:
             raise ArgumentError(f"{name} must have {kind} of at most {LARGEST[dtype]:.0e} in {dtype}; got {found:.3g}")
 
 
-def _result(output: Any, lse: Any, reported: Any, n: int, of: Any) -> Result:
-    """Arrays of numpy or tensors of torch, as ``of`` says -> a result that claims nothing."""
-    unknown = of.full_like(lse, math.inf)
-    work = reported, of.zeros_like(reported), reported
-    return Result(output, lse, of.isneginf(lse), Certificate("none", *[unknown] * 4), Counters(*work), n)
+def _certificate(output: torch.Tensor, lse: torch.Tensor, bounds: Bounds | None, dtype: str) -> Any:
+    """Of outputs (H, dv), with tensors (H,) where a `Certificate` has arrays; it claims nothing where there is none."""
+    if bounds is None:
+        unknown: Any = torch.full_like(lse, math.inf)
+        return Certificate("none", unknown, unknown, unknown, unknown)
+    size = torch.linalg.vector_norm(output, dim=1, dtype=torch.float64)
+    error = bounds.output_error + ROUNDING[dtype] * (1 + 1e-6) * size + SMALLEST[dtype] * math.sqrt(output.shape[1])
+    relative: Any = torch.where(size > error, error / (size - error), math.inf)
+    mass, off, apart = cast(Any, (bounds.dropped_mass, error, bounds.lse_error))
+    return Certificate("statistical", mass, off, relative, apart, bounds.confidence)
 
 
 session = SelectedSession  # the table's entry

@@ -18,6 +18,7 @@ FIGURES = {  # case -> module with figures(rows), a dict of matplotlib figures b
     "pruning": "benchmarks.pruning_figures",
     "accuracy": "benchmarks.accuracy_figures",
     "decode-cpu": "benchmarks.decode_cpu_figures",
+    "leaderboard": "benchmarks.leaderboard_figures",
 }
 
 

@@ -61,7 +61,7 @@ def inserted(text: str, contents: Mapping[str, str]) -> str:
 def methods_table() -> str:
     """Every row of the dispatch table."""
     cells = ((row.op, f"`{row.method}`", row.device, row.serves, row.work) for row in ROWS)
-    return _markdown(("operation", "method", "device", "serves", "work of a query"), cells)
+    return markdown(("operation", "method", "device", "serves", "work of a query"), cells)
 
 
 def performance(measured: Mapping[str, Any]) -> str:
@@ -74,7 +74,7 @@ def performance(measured: Mapping[str, Any]) -> str:
             head += [title for m, _ in batches for title in (f"dense, m = {m}", f"HSR, m = {m}", "speed-up")]
         lines.append([*(f"{value:,}" for value in setting), *(cell for _, rows in batches for cell in _race(rows))])
     return (
-        _markdown(head, lines)
+        markdown(head, lines)
         + f"\n\nMilliseconds per query, `m` queries a call; the faster of numpy and faiss, and our fastest method.  "
         f"{measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}, `{measured['command']}`."
     )
@@ -96,7 +96,7 @@ def decode(cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
             ends = f"{row['speedup']:.1f}x", f"{row['rel_err']:.2%}", f"{row['union_keys'] + CERTAIN:,.0f}"
             lines.append((f"GPU, {row['policy']}", f"{row['n']:,}", "bfloat16", *times, *ends))
     return (
-        _markdown(("device", "n", "dtype", "dense", "sampled", "speed-up", "error", "keys per list"), lines)
+        markdown(("device", "n", "dtype", "dense", "sampled", "speed-up", "error", "keys per list"), lines)
         + "\n\nOne decode step, an append and an attend, 8 key-value heads of 4 query heads, d = 128.  "
         f"CPU: {cpu['cpu']}, {cpu['threads']} threads, real heads, the cheapest setting within 1 %, torch's "
         f"faster form, commit {cpu['commit'][:10]}, `{cpu['command']}`.  "
@@ -118,7 +118,7 @@ def prefill(gpu: Mapping[str, Any]) -> str:
         if row["d"] == 128 and row["n"] in PREFILL_LENGTHS and row["method"] == "sampled-4"
     ]  # fmt: skip
     return (
-        _markdown(("n", "density", "dense", "sampled", "of it selection", "speed-up", "error"), lines)
+        markdown(("n", "density", "dense", "sampled", "of it selection", "speed-up", "error"), lines)
         + "\n\nA prompt's causal attention, 32 query heads over 8 key-value heads, d = 128, bfloat16, 4 representative "
         f"rows a block.  {gpu['device']}, synthetic heads, the fastest of cuDNN and FlashAttention 2 and 3, commit "
         f"{gpu['commit'][:10]}, `{gpu['command']}`.  Other shapes and settings gain less: down to "
@@ -147,7 +147,8 @@ def _race(rows: list[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table."""
     head = list(head)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 

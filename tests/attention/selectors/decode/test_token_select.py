@@ -83,6 +83,17 @@ def test_a_choice_is_kept_while_queries_are_alike_and_its_ends_move_on() -> None
     assert [sets(always.choose(*part), 4)[0] for part in grown] == [wanted(part, FEW) for part in grown]
 
 
+def test_queries_are_compared_with_those_that_chose_not_with_the_last_ones() -> None:
+    made, turned = cache(7, 300), torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    turned -= made.q * (made.q * turned).sum() / (made.q**2).sum()
+    turned *= made.q.norm() / turned.norm()
+    state, found = FEW.begin(made.k, made.v, None, made.scale), []
+    for angle in (0.0, 0.4, 0.8):  # cosines with the first and with the one before: 0.92 each, then 0.70 and 0.92
+        asked = np.cos(angle) * made.q + np.sin(angle) * turned
+        found.append(sets(state.choose(asked, made.k, made.v), 4)[0])
+    assert found[1] == found[0] and found[2] == wanted(made._replace(q=asked), FEW) != found[0]
+
+
 def test_each_sequence_keeps_its_own_choice() -> None:
     parts = cache(4, 300), cache(5, 300)
     both = together(*parts)

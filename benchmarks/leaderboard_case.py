@@ -1,0 +1,80 @@
+"""Case ``leaderboard``: every method that chooses keys, published or ours, on the same real heads, in one table.
+
+SmolLM2 reads the essays, or the model that HSR_MODEL names (`benchmarks.smollm`); evenly spaced layers, all heads.
+``decode``: a cache of the text but its last STEPS tokens, which are then appended and attended to one by one, each with
+its own query.  ``prefill``: the whole text.  Methods and settings are those of `benchmarks.leaderboard_roster`, and
+whatever else lies in `attention.selectors`, by its examples; none is treated apart.  Tensors are float32 on a CPU and
+float16 on a GPU; what a method does not serve there is noted.
+
+``rel_err`` is the mean of ``||out - exact|| / ||exact||`` over layers, heads and rows, ``rel_err_p90`` their 90th
+percentile, ``audit`` the 95 % bound on that mean (each error cut off at 1) which `attention.audit` gives without
+knowing more than AUDITED rows of each head.  ``kept_mass`` is the mean probability of the keys attended to, whatever
+their weights and without what mean keys stand for; ``share`` their number over the visible keys'.  ``kilobytes``, of a
+decode step and key-value head, are what is read to choose, by the method's own account, and the union of its query
+heads' keys and values, all in 16 bits.  ``ms`` is the median over steps and layers of an append and an attend, or over
+layers of a prompt, ``select_ms`` of making the lists alone; ``dense_ms`` is torch's dense attention over the same
+tensors.  ``looks_ahead`` says whether later tokens may change which keys an earlier row is shown.
+
+The gate: dense attention, served as any other method, is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import leaderboard_decode, leaderboard_prefill, leaderboard_roster, real_keys, smollm
+from benchmarks.gate import WrongAnswer
+from benchmarks.leaderboard_measure import DTYPE, HERE, Found
+from benchmarks.leaderboard_roster import REFUSALS, Entry
+from benchmarks.ledger import Row
+from benchmarks.real_keys import Prompt, rope
+
+DEVICE = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+TOKENS, QUICK_TOKENS = 8192, 1024
+DECODED, PREFILLED, QUICK_LAYERS = 10, 6, 2  # layers
+EXACT = 1e-5 if DTYPE == torch.float32 else 5e-3  # largest mean error of dense attention
+EMPTY: Row = dict.fromkeys(
+    "part n rope layers method setting ours looks_ahead rel_err rel_err_p90 audit kept_mass share kilobytes select_ms "
+    "ms dense_ms speedup".split()
+)
+
+missing = partial(real_keys.missing, "leaderboard")
+
+
+def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
+    """A row per part, method and setting."""
+    tokens = QUICK_TOKENS if quick else TOKENS
+    for part, layers, methods, how in (
+        ("decode", DECODED, leaderboard_roster.decode(tokens), leaderboard_decode),
+        ("prefill", PREFILLED, leaderboard_roster.prefill(tokens), leaderboard_prefill),
+    ):
+        prompts = read(tokens, QUICK_LAYERS if quick else layers)
+        run = partial(how.run, prompts, [how.exact(prompt) for prompt in prompts])
+        head = {"part": part, "n": tokens, "rope": rope(tokens), "layers": len(prompts)}
+        for row in measured(part, methods, run, note):
+            yield EMPTY | head | row
+
+
+def read(tokens: int, layers: int) -> list[Prompt]:
+    """Evenly spaced layers."""
+    chosen = [round(i * (smollm.layer_count() - 1) / (layers - 1)) for i in range(layers)]
+    return [Prompt(*(part.to(DTYPE) for part in prompt)) for prompt in real_keys.prompts(tokens, chosen, HERE)]
+
+
+def measured(
+    part: str, methods: Sequence[Entry], run: Callable[[Any], Found], note: Callable[[str], None]
+) -> Iterator[Row]:
+    """The first entry is dense attention, which must be exact."""
+    for place, entry in enumerate(methods):
+        try:
+            found = run(entry.policy)
+        except REFUSALS as refusal:
+            note(f"{part} without {entry.method} {entry.setting}: {refusal}")
+            continue
+        if place == 0 and not found.errors.mean() < EXACT:
+            raise WrongAnswer(f"dense {part} is off by {found.errors.mean():.2e}")
+        yield {"method": entry.method, "setting": entry.setting, "ours": entry.ours, **found.row()}
