@@ -183,7 +183,8 @@ class Searches:
         host("x", x)
         with torch.no_grad():
             _, k, v = layer.parts(x)
-            self._layer, self._session = layer, DecodeSession(k, v, policy=policy, method=method)
+            self._layer, self._batch = layer, len(x)
+            self._session = DecodeSession(k, v, policy=policy, method=method)
 
     @property
     def n(self) -> int:
@@ -197,7 +198,7 @@ class Searches:
             ArgumentError: a shape or dtype that does not match, NaN or infinity.
         """
         with torch.no_grad():
-            self._session.append(*self._layer.parts(x)[1:])
+            self._session.append(*self._parts(x, "t")[1:])
 
     def attend(self, x: torch.Tensor) -> Composed:
         """Tokens x (B, m, width), each over the whole cache.
@@ -206,13 +207,18 @@ class Searches:
             ArgumentError: a shape or dtype that does not match, NaN or infinity.
         """
         with torch.no_grad():
-            return self._layer.composed(x, self._session.attend(self._layer.parts(x)[0]))
+            return self._layer.composed(x, self._session.attend(self._parts(x, "m")[0]))
 
     def step(self, x: torch.Tensor) -> Composed:
         """One more token x (B, 1, width), its output over the cache and itself."""
-        tensor("x", x, "B", 1, self._layer.width, dtype=self._layer.dtype)
-        self.append(x)
-        return self.attend(x)
+        with torch.no_grad():
+            q, k, v = self._parts(x, 1)
+            self._session.append(k, v)
+            return self._layer.composed(x, self._session.attend(q))
+
+    def _parts(self, x: torch.Tensor, count: int | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        host("x", x)
+        return self._layer.parts(tensor("x", x, self._batch, count, self._layer.width, dtype=self._layer.dtype))
 
 
 def _width(name: str, value: int | None, otherwise: int) -> int:
