@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="the case measures torch tensors")
 pytest.importorskip("transformers", reason="the case reads a model")
 
 from attention import BlockSampled, Certified, DecodeSession, Dense, Sampled, TopR, prefill, selectors  # noqa: E402
+from attention.head_clusters import HeadClusters  # noqa: E402
 from attention.selectors import Quest, StreamingLLM  # noqa: E402
 from benchmarks import leaderboard_case as case  # noqa: E402
 from benchmarks import (  # noqa: E402
@@ -53,9 +54,9 @@ def prompt(seed: int = 0) -> Prompt:
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case, "missing", lambda: None)
     monkeypatch.setattr(smollm, "layer_count", lambda: 7)
-    monkeypatch.setattr(real_keys, "prompts", lambda tokens, chosen, device: [prompt(layer) for layer in chosen])
+    monkeypatch.setattr(real_keys, "prompts", lambda tokens, chosen, device, first=0: [prompt(i) for i in chosen])
     for part, entries in ENTRIES.items():
-        monkeypatch.setattr(leaderboard_roster, part, lambda n, entries=entries: entries)
+        monkeypatch.setattr(leaderboard_roster, part, lambda *_, entries=entries: entries)
 
 
 def test_every_entry_has_a_row_a_point_and_a_line(model: None, tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_the_roster_has_every_selector_and_a_new_one_by_its_examples(monkeypatch
     known = list(selectors.pkgutil.iter_modules(selectors.__path__))
     added = types.SimpleNamespace(name="newest")
     monkeypatch.setattr(selectors.pkgutil, "iter_modules", lambda _: [*known, added])
-    found = leaderboard_roster.prefill(8192)
+    found = leaderboard_roster.prefill(8192, HeadClusters(((0,),)))
     assert found[0].policy == Dense() and leaderboard_roster.decode(8192)[0].policy == Dense()
     assert [entry.policy for entry in found if entry.method == "Newest"] == list(Newest.examples())
     every = {entry.method for entry in [*found, *leaderboard_roster.decode(8192)]}
