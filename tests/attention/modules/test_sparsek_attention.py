@@ -188,6 +188,7 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: module(x[0]), r"x must be \(B, T, 12\) of float64; got \(5, 12\)"),
         (lambda: module(x.numpy()), r"x must be a tensor \(B, T, 12\) of float64; got ndarray"),
         (lambda: module(x + torch.nan), "x must be finite; got nan"),
+        (lambda: module(x + 1.7e308), "the score of x must be finite; got -?inf"),
         (lambda: module.step(x[:, 0] + torch.inf, cache), "x must be finite; got inf"),
         (lambda: module.step(x[:1, 0], cache), r"x must be \(2, 12\) of float64; got \(1, 12\)"),
         (lambda: module.prompt(x.to("meta")), "x must be on the CPU; got device meta"),
