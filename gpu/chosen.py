@@ -125,15 +125,15 @@ def chosen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `attention.chosen_reference.chosen`; float16 or bfloat16, output likewise, log-sum-exp float32.
 
-    Rows of keys, values, lists and means are contiguous, other strides anything.  Nothing waits for the GPU.
+    Rows of queries, keys and values are contiguous, other strides anything.  Nothing waits for the GPU.
     """
     (H, d), L = q.shape, len(lists.tokens)
     lines, heads = L // len(k), H // L
-    means, tokens, weights = lists.means, lists.tokens, lists.log_weights
-    none = lists.counts  # for pointers that are not read
-    mean_k, mean_v, mean_logs = (
-        (k, v, none[:, None]) if means is None else (means.keys, means.values, means.log_weights)
-    )
+    means, tokens, counts = lists.means, _lined(lists.tokens), lists.counts.contiguous()
+    weights = None if lists.log_weights is None else _lined(lists.log_weights)
+    none = counts  # for pointers that are not read
+    pseudo = (k, v, none[:, None]) if means is None else (means.keys, means.values, means.log_weights)
+    mean_k, mean_v, mean_logs = (_lined(part) for part in pseudo)
     many = 0 if means is None else mean_k.shape[1]
     splits = _splits(q.device, L, tokens.shape[1] + many)
     parts = torch.empty((H, splits, d), dtype=torch.float32, device=q.device)
@@ -141,7 +141,7 @@ def chosen(
     output, lse = torch.empty_like(q, memory_format=torch.contiguous_format), sums.new_empty(H)
     tile, stages = TILES[d]
     chosen_parts[(splits, L)](
-        q, k, v, tokens, lists.counts, none if weights is None else weights, mean_k, mean_v, mean_logs, parts, sums,
+        q, k, v, tokens, counts, none if weights is None else weights, mean_k, mean_v, mean_logs, parts, sums,
         q.stride(0), *k.stride()[:2], *v.stride()[:2], tokens.stride(0), 0 if weights is None else weights.stride(0),
         *mean_k.stride()[:2], *mean_v.stride()[:2], mean_logs.stride(0), many, scale, LINES=lines, G=heads,
         GP=max(ROWS, triton.next_power_of_2(heads)), D=d, N=tile, STAGES=stages, WEIGHTED=weights is not None,
@@ -149,6 +149,11 @@ def chosen(
     )  # fmt: skip
     chosen_merge[(H,)](parts, sums, output, lse, splits, D=d, SPLITS=splits, num_warps=warps(d))
     return output, lse
+
+
+def _lined(x: torch.Tensor) -> torch.Tensor:
+    """With contiguous rows, as lists and means nearly always have them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def warps(d: int) -> int:

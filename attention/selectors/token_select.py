@@ -25,8 +25,7 @@ class TokenSelect(DecodeSelector):
     step, so that the device alone decides, and keeping a choice saves no time here.
 
     Published code differs: it takes key-value head ``x mod g`` for query head x, which is wrong for grouped queries,
-    rounds unscaled scores to bfloat16 before the softmax, serves one sequence, and in a prompt votes with the mean
-    query of a chunk.
+    leaves the scale of the scores out, serves one sequence, and in a prompt votes with the mean query of a chunk.
 
     Args:
         k: keys that are voted in; 2048.

@@ -8,9 +8,11 @@ from typing import Self
 import torch
 
 from attention.decode_selector import DecodeSelector, Steps
-from attention.estimates import products
+from attention.estimates import products, wide
 from attention.token_lists import TokenLists
 from hsr import checks
+
+KEYS = 1 << 14  # of a head, widened at a time
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class TopOracle(DecodeSelector):
     """The r keys of largest ``<q, k>`` for every query head: the most softmax mass that r keys can have.
 
     It reads every key, so that it saves the values alone: a yardstick for the others, not a method.  Scores are
-    computed in the cache's dtype; which of equal scores come in is left open.
+    computed in float32 at least; which of equal scores come in is left open.
 
     Args:
         r: keys of a list, at least 1; all, where there are fewer.
@@ -59,5 +61,6 @@ class _Scores(Steps):
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> TokenLists:
         """See `Steps`."""
-        scores = products(q[:, None], k)[:, 0]  # (H, n)
+        asked = q[:, None].to(wide(q))
+        scores = torch.cat([products(asked, part.to(wide(k))) for part in k.split(KEYS, 1)], 2)[:, 0]  # (H, n)
         return TokenLists.from_ids(scores.topk(min(self.r, k.shape[1]), sorted=False).indices)

@@ -75,6 +75,17 @@ def test_many_parts_and_counts_that_leave_some_empty():
     assert_close(q, k, v, TokenLists(tokens, counts))
 
 
+def test_lists_and_means_may_have_any_strides():
+    q, k, v = inputs(4, 2, 90, 64)
+    lists = some_lists(np.random.default_rng(3), 4, 2, 90, 64, True, 20)
+    true = module.chosen(q, k, v, here(lists), 0.125)
+    strided = [x.mT.contiguous().mT for x in (lists.tokens, lists.log_weights, *vars(lists.means).values())]
+    counts = torch.stack([lists.counts, lists.counts], 1)[:, 0]
+    other = TokenLists(strided[0], counts, strided[1], Means(*strided[2:]))
+    assert not other.tokens.is_contiguous() and not other.counts.is_contiguous()
+    assert all(torch.equal(x, y) for x, y in zip(module.chosen(q, k, v, here(other), 0.125), true, strict=True))
+
+
 def test_nothing_listed_gives_zeros_and_minus_infinity():
     q, k, v = inputs(2, 1, 5, 64)
     empty = TokenLists(torch.zeros(2, 0, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
