@@ -112,9 +112,7 @@ def cases() -> Iterator[Case]:
     yield from relu_cases()
     yield from listed_cases()
     yield from importance_cases()
-<<<<<<< HEAD
     yield from chosen_cases()
-=======
     yield from skip_cases()
 
 
