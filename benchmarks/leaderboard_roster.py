@@ -104,11 +104,11 @@ class Oracle(ListMaker):
 
 
 def decode(n: int) -> list[Entry]:
-    """Policies of `attention.DecodeSession` for a cache of n tokens; dense attention first."""
+    """Policies of `attention.DecodeSession` for a cache of n tokens."""
     budgets = [round(share * n) for share in SHARES]
     named: dict[type, Sequence[Any]] = {
         Dense: [Dense()],
-        TopOracle: [TopOracle(budget) for budget in budgets],
+        TopOracle: [TopOracle(budget) for budget in (*budgets, n)],
         Quest: [Quest(budget) for budget in budgets],
         TokenSelect: [TokenSelect(budget // 2, sinks=budget // 8, window=3 * budget // 8) for budget in budgets],
         DoubleSparsity: [DoubleSparsity(budget) for budget in budgets],
@@ -128,7 +128,7 @@ def decode(n: int) -> list[Entry]:
 
 
 def prefill(n: int, clusters: HeadClusters) -> list[Entry]:
-    """Policies of `attention.prefill` for a prompt of n tokens; dense attention first.  Clusters are of the layers."""
+    """Policies of `attention.prefill` for a prompt of n tokens; clusters are of its layers' heads."""
     named: dict[type, Sequence[Any]] = {
         Dense: [Dense()],
         Oracle: [Oracle(rule, share) for rule in ("block-oracle", "token-oracle") for share in (0.05, 0.1, 0.2)],

@@ -88,9 +88,9 @@ def test_every_entry_has_a_row_a_point_and_a_line(model: None, tmp_path: Path) -
 
 def test_dense_attention_that_is_off_shuts_the_gate() -> None:
     def off(policy: object) -> types.SimpleNamespace:
-        return types.SimpleNamespace(errors=np.full(3, 2 * case.EXACT))
+        return types.SimpleNamespace(errors=np.full(3, 2 * case.EXACT), share=1.0)
 
-    with pytest.raises(WrongAnswer, match="dense decode is off"):
+    with pytest.raises(WrongAnswer, match="decode: Dense attends to all keys and is off"):
         list(case.measured("decode", ENTRIES["decode"], off, print))  # type: ignore[arg-type]
 
 
