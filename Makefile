@@ -15,10 +15,10 @@ demo: $(VENV)/.demo ## a small real model with and without half-space reporting;
 	$(BIN)/python -m benchmarks.demo
 
 test: check ## lint, format, types, then every test that is not slow; what CI runs
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-long: $(VENV)/.test ## every test, slow ones too, with two to ten times the random examples
-	$(BIN)/python -m pytest --hypothesis-profile=nightly
+	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile=nightly
 
 check: $(VENV)/.test ## lint, format and types alone
 	$(BIN)/ruff check

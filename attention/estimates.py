@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from attention.key_lists import KEYS
+from attention.key_lists import KEYS, ROWS
 
 LARGEST = 1 << 27  # scores held at a time, about, over all heads
 
@@ -67,6 +67,46 @@ def _means_of(shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     reverse = torch.nn.functional.pad(shares.flip(2), (0, R))  # (H, R, n + R), contiguous
     skewed = reverse.as_strided((heads, R, n), (R * (n + R), n + R - 1, 1), R - 1)
     return shares.mean(1), skewed.mean(1)
+
+
+def block_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Mean attention of row blocks to key blocks: q (H, m, d), k (G, n, d) -> (H, T, C), every line's sum 1.
+
+    Exact, and thus as much work as dense attention's scores.
+    """
+    (heads, m, _), n = q.shape, k.shape[1]
+    step = max(1, LARGEST // (heads * ROWS * n))  # row blocks at a time
+    parts = []
+    for first in range(0, m, step * ROWS):
+        last = min(first + step * ROWS, m)
+        shares = _attention(q[:, first:last], k[:, : n - m + last], scale)
+        shares = torch.nn.functional.pad(shares, (0, n - shares.shape[2], 0, -(last - first) % ROWS))
+        sums = pooled(shares.unflatten(1, (-1, ROWS)).sum(2).flatten(0, 1)).unflatten(0, (heads, -1))
+        sizes = (m - first - ROWS * torch.arange(sums.shape[1], device=q.device)).clamp(max=ROWS)
+        parts.append(sums / sizes[:, None])
+    return torch.cat(parts, 1)
+
+
+def jensen_shannon(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Distance of distributions, the square root of their divergence in nats: (H, C) each -> (H, 1), at most 0.8326."""
+    middle = (p + q) / 2
+    apart = sum((torch.xlogy(x, x) - torch.xlogy(x, middle)).sum(1, keepdim=True) for x in (p, q))
+    return (torch.as_tensor(apart).clamp(min=0) / 2).sqrt()
+
+
+def vertical_slash(
+    by_key: torch.Tensor, by_distance: torch.Tensor, share: float | torch.Tensor, phase: int, least: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key blocks (H, C) and block distances (H, >= C + 1), from -1 on, that each hold a share of a mean attention.
+
+    ``by_key`` and ``by_distance`` (H, n) are those of `last_rows`, phase as of `by_block_distance`.  Block 0, the
+    diagonal and at least ``least`` entries of both are taken.
+    """
+    blocks, crossed = pooled(by_key), by_block_distance(by_distance, phase)
+    return (
+        covering(blocks, share, torch.arange(blocks.shape[1], device=blocks.device) == 0, least),
+        covering(crossed, share, torch.arange(crossed.shape[1], device=blocks.device) <= 1, least),
+    )
 
 
 def by_block_distance(by_distance: torch.Tensor, phase: int) -> torch.Tensor:

@@ -37,8 +37,8 @@ def prefill(
         v: (g, n, dv) or (B, g, n, dv).
         causal: row i sees the keys up to ``i + n - m`` (bottom-right aligned, so m < n continues a cached prefix).
         weight: as for `decode`.
-        policy: as for `decode`; or, for causal prompts, one whose rows share keys: BlockSampled(...), Listed(lists) or
-            a selector of `attention.selectors`.
+        policy: as for `decode`; or, for causal prompts, one whose rows share keys: BlockSampled(...), Listed(lists),
+            SkipSoftmax(...) or a selector of `attention.selectors`.
         scale: as for `decode`.
         method: index method, a name of the dispatch table or "auto"; for BlockSampled, a method of its operations.
 

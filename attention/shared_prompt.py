@@ -37,12 +37,35 @@ class BlockResult(Result):
 
 @dataclass
 class Answer:
-    """Of H heads."""
+    """Of H heads; nothing is known of its error."""
 
     output: np.ndarray  # (H, m, dv)
     lse: np.ndarray  # (H, m)
     counts: np.ndarray  # (H, T), keys listed
     densities: np.ndarray  # (H,)
+
+    def counters(self, limits: np.ndarray, visited: np.ndarray) -> Counters:
+        """Of rows that see limits (H, m) keys, after visited (H, m) codes."""
+        block = np.arange(limits.shape[1]) // KeyLists.rows
+        reported = self.counts[:, block] + limits - edges(limits.shape[1], int(limits.max()))[block]
+        return Counters(reported, visited, reported)
+
+    def certificate(self, dtype: str) -> Certificate:
+        """Of an output that is rounded to a dtype, arrays (H, m)."""
+        unknown = np.full(self.lse.shape, np.inf)
+        return Certificate("none", unknown, unknown, unknown, unknown)
+
+    def result(self, limits: np.ndarray, visited: np.ndarray, q: Any, n: int) -> BlockResult:
+        """In the shape, type and dtype of q (..., h, m, d); limits and visited (H, m)."""
+        result = Result(
+            self.output.astype(np.float64),
+            self.lse,
+            np.zeros(limits.shape, bool),
+            self.certificate(checks.dtype_name("q", q)),
+            self.counters(limits, visited),
+            n,
+        ).shaped(tuple(q.shape[:-1]), q)
+        return BlockResult(**vars(result), densities=self.densities.reshape(tuple(q.shape[:-2])))
 
 
 @dataclass(frozen=True)
@@ -121,19 +144,8 @@ def attend_prompt(
     _check_range(queries, keys, values, factor)
     m, n = queries.shape[1], keys.shape[1]
     prompt = SharedPrompt(queries, keys, values, factor, "numba" if method == "auto" else method)
-    answer = policy.answer(prompt)
-    edge, block = edges(m, n), np.broadcast_to(np.arange(m) // KeyLists.rows, limits.shape)
-    reported = np.take_along_axis(answer.counts, block, axis=1) + limits - edge[block]
-    unknown = np.full(limits.shape, np.inf)
-    result = Result(
-        answer.output.astype(np.float64),
-        answer.lse,
-        np.zeros(limits.shape, bool),
-        Certificate("none", unknown, unknown, unknown, unknown),
-        Counters(reported, policy.visited(edge)[block], reported),
-        n,
-    ).shaped(tuple(q.shape[:-1]), q)
-    return BlockResult(**vars(result), densities=answer.densities.reshape(tuple(q.shape[:-2])))
+    visited = policy.visited(edges(m, n))[np.broadcast_to(np.arange(m) // KeyLists.rows, limits.shape)]
+    return policy.answer(prompt).result(limits, visited, q, n)
 
 
 def _check_range(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> None:

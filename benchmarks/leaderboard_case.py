@@ -26,7 +26,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import leaderboard_decode, leaderboard_prefill, leaderboard_roster, real_keys
+from attention.estimates import block_attention
+from attention.head_clusters import HeadClusters
+from benchmarks import leaderboard_decode, leaderboard_prefill, real_keys, smollm
+from benchmarks import leaderboard_roster as roster
 from benchmarks.gate import WrongAnswer
 from benchmarks.leaderboard_measure import DTYPE, HERE, Found
 from benchmarks.leaderboard_roster import REFUSALS, Entry
@@ -35,6 +38,7 @@ from benchmarks.real_keys import Prompt, rope
 
 DEVICE = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 TOKENS, QUICK_TOKENS = 8192, 1024
+CALIBRATED = 2048
 DECODED, PREFILLED, QUICK_LAYERS = 10, 6, 2  # layers
 EXACT = 1e-5 if DTYPE == torch.float32 else 5e-3  # largest mean error of dense attention
 EMPTY: Row = dict.fromkeys(
@@ -48,21 +52,27 @@ missing = partial(real_keys.missing, "leaderboard")
 def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
     """A row per part, method and setting."""
     tokens = QUICK_TOKENS if quick else TOKENS
-    for part, layers, methods, how in (
-        ("decode", DECODED, leaderboard_roster.decode(tokens), leaderboard_decode),
-        ("prefill", PREFILLED, leaderboard_roster.prefill(tokens), leaderboard_prefill),
+    for part, layers, how, entries in (
+        ("decode", DECODED, leaderboard_decode, lambda _: roster.decode(tokens)),
+        ("prefill", PREFILLED, leaderboard_prefill, lambda chosen: roster.prefill(tokens, clusters(chosen, tokens))),
     ):
-        prompts = read(tokens, QUICK_LAYERS if quick else layers)
+        chosen = spaced(QUICK_LAYERS if quick else layers)
+        prompts = [Prompt(*(x.to(DTYPE) for x in found)) for found in real_keys.prompts(tokens, chosen, HERE)]
         run = partial(how.run, prompts, [how.exact(prompt) for prompt in prompts])
         head = {"part": part, "n": tokens, "rope": rope(tokens), "layers": len(prompts)}
-        for row in measured(part, methods, run, note):
+        for row in measured(part, entries(chosen), run, note):
             yield EMPTY | head | row
 
 
-def read(tokens: int, layers: int) -> list[Prompt]:
-    """Evenly spaced layers."""
-    chosen = [round(i * (real_keys.LAYERS - 1) / (layers - 1)) for i in range(layers)]
-    return [Prompt(*(part.to(DTYPE) for part in prompt)) for prompt in real_keys.prompts(tokens, chosen, HERE)]
+def spaced(layers: int) -> list[int]:
+    """Evenly spaced layers of the model."""
+    return [round(i * (smollm.layer_count() - 1) / (layers - 1)) for i in range(layers)]
+
+
+def clusters(chosen: Sequence[int], tokens: int) -> HeadClusters:
+    """Heads of these layers that attend alike to CALIBRATED tokens after those that are measured."""
+    found = real_keys.prompts(CALIBRATED, chosen, HERE, first=tokens)
+    return HeadClusters.fit([block_attention(q, k, q.shape[2] ** -0.5) for q, k, _ in found])
 
 
 def measured(

@@ -13,6 +13,7 @@ from attention import BlockSampled, prefill
 from attention.chances import starts
 from attention.key_lists import KEYS, KeyLists, edges, plain, row_blocks
 from attention.listed_reference import lines_of
+from attention.selectors.share_prefill import PivotalPatterns, SharePrefill
 from benchmarks.leaderboard_measure import Found, bound, relative, seconds
 from benchmarks.real_keys import Prompt
 from benchmarks.smollm import causal_attention
@@ -51,26 +52,36 @@ def exact(prompt: Prompt) -> Exact:
 
 def run(prompts: Sequence[Prompt], exacts: Sequence[Exact], policy: Any) -> Found:
     """Every layer by a policy of `prefill`."""
-    prefill(*prompts[0], policy=policy)  # compiles what is timed
-    taken, results = zip(*(seconds(partial(prefill, *prompt, policy=policy)) for prompt in prompts), strict=True)
-    made = [seconds(partial(lists, policy, prompt)) for prompt in prompts]
-    outputs = [torch.as_tensor(result.output) for result in results]
-    masses = [
-        mass(found, torch.as_tensor(result.lse), known)
-        for (_, found), result, known in zip(made, results, exacts, strict=True)
-    ]
+    prefill(*prompts[0], policy=of_layers(policy, 1)[0])  # compiles what is timed
+    taken, outputs, lses, masses, shares, select = [], [], [], [], [], []
+    for prompt, known, one in zip(prompts, exacts, of_layers(policy, len(prompts)), strict=True):
+        spent, result = seconds(partial(prefill, *prompt, policy=one))
+        taken.append(spent)
+        outputs.append(torch.as_tensor(result.output))
+        lses.append(torch.as_tensor(result.lse))
+        spent, found = seconds(partial(lists, one, prompt))
+        select += [spent] * (found is not None)
+        masses.append(mass(found, lses[-1], known))
+        shares.append(float(torch.as_tensor(result.counters.reported).double().mean()))
     n = prompts[0].q.shape[1]
-    reported = [torch.as_tensor(result.counters.reported).double().mean() for result in results]
     return Found(
         errors=np.stack([relative(output, known.output) for output, known in zip(outputs, exacts, strict=True)]),
-        bound=bound(prompts, n, outputs, [result.lse for result in results]),
+        bound=bound(prompts, n, outputs, lses),
         mass=float(np.mean(masses)),
-        share=float(np.mean([float(part) for part in reported])) / ((n + 1) / 2),
+        share=float(np.mean(shares)) / ((n + 1) / 2),
         seconds=taken,
         dense=float(np.median([known.seconds for known in exacts])),
-        select=[spent for spent, found in made if found is not None],
-        looks_ahead=not bool(getattr(policy, "causal", getattr(policy, "causal_selection", True))),
+        select=select,
+        looks_ahead=not getattr(policy, "causal", getattr(policy, "causal_selection", True)),
     )
+
+
+def of_layers(policy: Any, count: int) -> list[Any]:
+    """The policy for each layer of one prompt: one that shares between layers needs to be told which it is."""
+    if not isinstance(policy, SharePrefill):
+        return [policy] * count
+    patterns = PivotalPatterns()
+    return [policy.at(layer, patterns) for layer in range(count)]
 
 
 def lists(policy: Any, prompt: Prompt) -> KeyLists | None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-from attention.selectors.squeezed_attention import PrefixClusters
 
 from attention import BlockSampled, Certified, Dense, Sampled, TopR
 from attention.decode_selector import DecodeSelector
+from attention.head_clusters import HeadClusters
 from attention.key_lists import KeyLists, edges
 from attention.selector import ListMaker, Selector
 from attention.selectors import (
@@ -26,6 +26,7 @@ from attention.selectors import (
     PowerAttention,
     Quest,
     RetroInfer,
+    SharePrefill,
     SlashVerticalHorizontal,
     SqueezedAttention,
     StreamingLLM,
@@ -36,6 +37,8 @@ from attention.selectors import (
     XAttention,
     catalogue,
 )
+from attention.selectors.squeezed_attention import PrefixClusters
+from attention.skip_softmax import SkipSoftmax
 from attention.with_tail import WithTail
 from benchmarks.prefill_oracles import RULES, Head
 from hsr.errors import ArgumentError, BackendUnavailable
@@ -69,7 +72,7 @@ def _setting(policy: Any) -> str:
         value = getattr(policy, field.name)
         if isinstance(value, ListMaker | DecodeSelector | PrefixClusters):
             changed.append(_setting(value))
-        elif value != field.default:
+        elif field.repr and not isinstance(value, HeadClusters) and value != field.default:
             changed.append(f"{field.name}={value:.4g}" if isinstance(value, float) else f"{field.name}={value}")
     return " ".join(part for part in changed if part)
 
@@ -124,8 +127,8 @@ def decode(n: int) -> list[Entry]:
     return list(_entries(named, DecodeSelector))
 
 
-def prefill(n: int) -> list[Entry]:
-    """Policies of `attention.prefill` for a prompt of n tokens; dense attention first."""
+def prefill(n: int, clusters: HeadClusters) -> list[Entry]:
+    """Policies of `attention.prefill` for a prompt of n tokens; dense attention first.  Clusters are of the layers."""
     named: dict[type, Sequence[Any]] = {
         Dense: [Dense()],
         Oracle: [Oracle(rule, share) for rule in ("block-oracle", "token-oracle") for share in (0.05, 0.1, 0.2)],
@@ -137,6 +140,8 @@ def prefill(n: int) -> list[Entry]:
             for published in (False, True)
             for gamma in (0.75, 0.9, 0.95)
         ],
+        SharePrefill: [SharePrefill(clusters, gamma=gamma, min_budget=256) for gamma in (0.75, 0.9)],
+        SkipSoftmax: [SkipSoftmax(threshold) for threshold in (1e-2, 1e-3, 1e-4)],
         FlashPrefill: [FlashPrefill(alpha, last=2) for alpha in (0.8, 0.3, 0.1)]
         + [FlashPrefill(0.3, last=2, means=False)],
         XAttention: [XAttention(share) for share in (0.7, 0.8, 0.9)],

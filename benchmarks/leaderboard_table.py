@@ -14,6 +14,10 @@ from typing import Any
 from benchmarks.leaderboard_figures import PANELS, front
 from benchmarks.readme_table import markdown
 
+LEGEND = (
+    "`benchmarks/leaderboard_case.py` says what the columns mean.  Bold: no method has a smaller error and reads "
+    "(decode) or attends to (prefill) less.  Oracles know all scores: their times and bytes say nothing."
+)
 COLUMNS: Mapping[str, Callable[[Any], str]] = {
     "method": str,
     "setting": lambda text: f"`{text}`" if text else "",
@@ -34,12 +38,11 @@ def table(measured: Mapping[str, Any]) -> str:
     """Both parts, the smallest errors last among what each method offers; bold where nothing beats it."""
     parts = [_part(measured["rows"], part) for part in PANELS]
     notes = "".join(f"- {note}\n" for note in measured["notes"])
+    where = f"{measured['device']}; {measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}"
     return (
-        "# Leaderboard\n\n"
-        f"{measured['device']}; {measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}, "
-        f"`{measured['command']}`.  `benchmarks/leaderboard_case.py` says what the columns mean.  Bold: no other method "
-        "has a smaller error and reads (decode) or attends to (prefill) less.  Oracles know all scores; their times "
-        "and bytes say nothing.\n\n" + "\n".join(parts) + (f"\nLeft out:\n\n{notes}" if notes else "")
+        f"# Leaderboard\n\n{where}, `{measured['command']}`.  {LEGEND}\n\n"
+        + "\n".join(parts)
+        + (f"\nLeft out:\n\n{notes}" if notes else "")
     )
 
 

@@ -76,15 +76,20 @@ def layers(
     return _read(tokens, chosen, device, "float32", copied)
 
 
-def prompts(tokens: int, chosen: Sequence[int], device: str = "cpu", dtype: str = "float32") -> list[Prompt]:
+def prompts(
+    tokens: int, chosen: Sequence[int], device: str = "cpu", dtype: str = "float32", first: int = 0
+) -> list[Prompt]:
     """All positions' queries, keys and values of the chosen layers, on the device; the model runs in that dtype.
 
+    The text begins with the essays' token ``first``.
     Other layers' tensors are not held: in float32 a layer takes 3.8 KB a token, 500 MB at 131,072.  Errors as `layers`.
     """
-    return _read(tokens, chosen, device, dtype, lambda *parts: Prompt(*(part.contiguous() for part in parts)))
+    return _read(tokens, chosen, device, dtype, lambda *parts: Prompt(*(part.contiguous() for part in parts)), first)
 
 
-def _read(tokens: int, chosen: Sequence[int] | None, device: str, dtype: str, keep: Callable[..., Kept]) -> list[Kept]:
+def _read(
+    tokens: int, chosen: Sequence[int] | None, device: str, dtype: str, keep: Callable[..., Kept], first: int = 0
+) -> list[Kept]:
     """What ``keep`` makes of the chosen layers, or all, in that order; see `Recorder`."""
     import torch
 
@@ -97,7 +102,7 @@ def _read(tokens: int, chosen: Sequence[int] | None, device: str, dtype: str, ke
     if not set(chosen) <= set(every):
         raise ArgumentError(f"chosen must be layers from 0 to {every[-1]}; got {list(chosen)}")
     recorder = Recorder(keep, chosen)
-    smollm.read_prompt(model, smollm.essay_tokens(tokenizer, tokens), recorder)
+    smollm.read_prompt(model, smollm.essay_tokens(tokenizer, first + tokens)[first:], recorder)
     return [recorder.kept[layer] for layer in chosen]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,15 +46,30 @@ class Stage(Protocol):
 def load_model(tokens: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The model, dequantised from the package's file, and its tokenizer; about 15 s on two cores.
 
+    Another one where HSR_MODEL names it, a folder or what transformers finds by name; for what calls it the same.
     For prompts of ``tokens`` beyond the model's context its RoPE is `stretched`.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    source, options = model_source()
+    config = stretched(AutoConfig.from_pretrained(source, **options), tokens)
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
+    return model.eval().to(device), AutoTokenizer.from_pretrained(source, **options)
+
+
+def model_source() -> tuple[str, dict[str, str]]:
+    """What transformers loads the model from, and with which options."""
+    named = os.environ.get("HSR_MODEL")
+    if named:
+        return named, {}
     folder = package_folder(MODEL_PACKAGE)
-    file = next(folder.glob("*.gguf")).name
-    config = stretched(AutoConfig.from_pretrained(folder, gguf_file=file), tokens)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, config=config, dtype=dtype)
-    return model.eval().to(device), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}
+
+
+def layer_count() -> int:
+    """Of the model."""
+    source, options = model_source()
+    return int(AutoConfig.from_pretrained(source, **options).num_hidden_layers)
 
 
 def stretched(config: Any, tokens: int) -> Any:

@@ -24,7 +24,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import block_sampled, chosen, encode, gather, half_space, importance, listed, moments, prepare, relu, scan
+from attention.skip_softmax_reference import BLOCK
+from gpu import (
+    block_sampled,
+    chosen,
+    encode,
+    gather,
+    half_space,
+    importance,
+    listed,
+    moments,
+    prepare,
+    relu,
+    scan,
+    skip_softmax,
+)
 from gpu.hopper import CODES_STAGES, STAGES
 from gpu.launches import scan_warps
 
@@ -99,6 +113,7 @@ def cases() -> Iterator[Case]:
     yield from listed_cases()
     yield from importance_cases()
     yield from chosen_cases()
+    yield from skip_cases()
 
 
 def half_space_cases() -> Iterator[Case]:
@@ -136,6 +151,14 @@ def listed_cases() -> Iterator[Case]:
             given = {"HAS_TOKENS": tokens, "HAS_BLOCKS": blocks, "HAS_MEANS": means, "GIVEN": M < 128, "SIZED": sized}
             shape = {"G": 4, "D": D, "DV": D, "M": M, "KEYS": 128, "N": tile, "STAGES": stages}
             yield Case(listed.listed, shape | given, 8 if M == 128 else max(4, D // 32), "MMA", kinds, stages)
+
+
+def skip_cases() -> Iterator[Case]:
+    """The shapes that `gpu.skip_softmax` launches."""
+    kinds = {"LOST": "*fp32", "KEPT": "*i32", "SKIPPED": "*i32", "level": "fp32"}
+    for D, stages in skip_softmax.STAGES.items():
+        shape = {"G": 4, "D": D, "DV": D, "M": 128, "N": BLOCK, "STAGES": stages}
+        yield Case(skip_softmax.skip_softmax, shape, 8, "HGMMA", kinds, stages)
 
 
 def importance_cases() -> Iterator[Case]:

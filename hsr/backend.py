@@ -88,6 +88,22 @@ ROWS = (
         "k keys a row",
     ),
     Row(
+        "skip_softmax",
+        "numba",
+        "attention.skip_softmax_numba",
+        "cpu",
+        "a prompt's rows over all keys, but blocks of small weight",
+        "n keys scored, those of k not skipped weighed",
+    ),
+    Row(
+        "skip_softmax",
+        "reference",
+        "attention.skip_softmax_reference",
+        "cpu",
+        "the definition, plain float64 numpy",
+        "n keys scored, those of k not skipped weighed",
+    ),
+    Row(
         "key_lists",
         "numba",
         "attention.block_sampled_numba",
@@ -146,6 +162,15 @@ ROWS = (
         "cuda",
         "prompts whose row blocks share sampled keys (CUDA C++ on Hopper, Triton elsewhere)",
         "n keys for each of a few rows a block, then k keys a block",
+        ("torch", "triton"),
+    ),
+    Row(
+        "prompt",
+        "skip",
+        "gpu.skip_softmax",
+        "cuda",
+        "prompts whose key blocks of small weight are skipped (Triton)",
+        "n keys scored, those of k not skipped weighed",
         ("torch", "triton"),
     ),
     Row(

@@ -127,9 +127,10 @@ class CompositionalAttention(nn.Module):
         return q, k, self.value(x)[:, None].expand(-1, self.searches, -1, -1)
 
     def composed(self, x: torch.Tensor, found: Result) -> Composed:
-        """The tokens x (B, m, width) and what their searches found -> the layer's output, with a bound on its error."""
-        output, chosen = self._composed(x, found.output)
-        return Composed(output, found, self._error(x, found, chosen))
+        """Tokens x (B, m, width) and what their searches found, (B, S, m, R dv) -> output and a bound on its error."""
+        with torch.no_grad():
+            output, each = self._composed(x, found.output)
+            return Composed(output, found, self._error(x, found, each))
 
     def _composed(self, x: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, m, width), found (B, S, m, R dv) -> output (B, m, width), and O_{s,r} (B, S, m, R, dv)."""
@@ -183,7 +184,8 @@ class Searches:
         host("x", x)
         with torch.no_grad():
             _, k, v = layer.parts(x)
-            self._layer, self._session = layer, DecodeSession(k, v, policy=policy, method=method)
+        self._layer, self._batch = layer, len(x)
+        self._session = DecodeSession(k, v, policy=policy, method=method)
 
     @property
     def n(self) -> int:
@@ -196,8 +198,7 @@ class Searches:
         Raises:
             ArgumentError: a shape or dtype that does not match, NaN or infinity.
         """
-        with torch.no_grad():
-            self._session.append(*self._layer.parts(x)[1:])
+        self._session.append(*self._parts(x, "t")[1:])
 
     def attend(self, x: torch.Tensor) -> Composed:
         """Tokens x (B, m, width), each over the whole cache.
@@ -205,14 +206,18 @@ class Searches:
         Raises:
             ArgumentError: a shape or dtype that does not match, NaN or infinity.
         """
-        with torch.no_grad():
-            return self._layer.composed(x, self._session.attend(self._layer.parts(x)[0]))
+        return self._layer.composed(x, self._session.attend(self._parts(x, "m")[0]))
 
     def step(self, x: torch.Tensor) -> Composed:
         """One more token x (B, 1, width), its output over the cache and itself."""
-        tensor("x", x, "B", 1, self._layer.width, dtype=self._layer.dtype)
-        self.append(x)
-        return self.attend(x)
+        q, k, v = self._parts(x, 1)
+        self._session.append(k, v)
+        return self._layer.composed(x, self._session.attend(q))
+
+    def _parts(self, x: torch.Tensor, count: int | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        host("x", x)
+        with torch.no_grad():
+            return self._layer.parts(tensor("x", x, self._batch, count, self._layer.width, dtype=self._layer.dtype))
 
 
 def _width(name: str, value: int | None, otherwise: int) -> int:

@@ -163,6 +163,8 @@ class SparseKAttention(nn.Module):
     def step(self, x: torch.Tensor, cache: SparseKCache) -> tuple[torch.Tensor, SparseKCache]:
         """Output of one more token x (B, width), and the cache with it; the given cache stays as it was.
 
+        Under ``torch.no_grad()``, as one generates; else gradients flow back through the cache, which keeps all steps.
+
         Raises:
             ArgumentError: a shape or dtype that does not match the cache, NaN or infinity.
         """
@@ -194,7 +196,7 @@ class SparseKAttention(nn.Module):
         """x (B, T, width), at positions from start on -> keys, values, scores."""
         k, v = (f(x).unflatten(2, (self.key_heads, self.head_width)).transpose(1, 2) for f in (self.key, self.value))
         steps = torch.arange(start, start + x.shape[1], dtype=self.dtype, device=x.device)
-        return Rows(k, v, finite("score", self.score(x).transpose(1, 2) + self.slope * steps))
+        return Rows(k, v, finite("the score of x", self.score(x).transpose(1, 2) + self.slope * steps))
 
     def _attended(self, q: torch.Tensor, rows: Rows, gates: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """q (B, g, G, m, dh), n rows, gates and seen (B, g, m, n) -> (B, m, width)."""

@@ -10,7 +10,17 @@ import numpy as np
 import torch
 
 from attention.block_maps import distances, key_lists
-from attention.estimates import by_block_distance, covering, last_rows, means, pooled, products, ranks, wide
+from attention.estimates import (
+    covering,
+    jensen_shannon,
+    last_rows,
+    means,
+    pooled,
+    products,
+    ranks,
+    vertical_slash,
+    wide,
+)
 from attention.key_lists import KEYS, KeyLists
 from attention.selector import Selector, nearer_one
 from hsr import checks
@@ -92,12 +102,7 @@ class FlexPrefill(Selector):
         self, by_key: torch.Tensor, by_distance: torch.Tensor, aware: torch.Tensor, phase: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Key blocks (H, C) and block distances (H, >= C + 1), from -1 on, whose attention reaches gamma."""
-        blocks, crossed = pooled(by_key), by_block_distance(by_distance, phase)
-        share = torch.where(aware, 0.0, self.gamma)
-        return (
-            covering(blocks, share, torch.arange(blocks.shape[1], device=blocks.device) == 0, self._least),
-            covering(crossed, share, torch.arange(crossed.shape[1], device=blocks.device) <= 1, self._least),
-        )
+        return vertical_slash(by_key, by_distance, torch.where(aware, 0.0, self.gamma), phase, self._least)
 
     def _counted(
         self, by_key: torch.Tensor, by_distance: torch.Tensor, aware: torch.Tensor, phase: int
@@ -119,17 +124,10 @@ class FlexPrefill(Selector):
         """Whether pooled attention is like the true one (H, C) of the last rows: (H, 1)."""
         query = q[:, -KEYS:].mean(1, keepdim=True, dtype=wide(q)).to(q.dtype)
         estimate = (products(query, means(k)) * scale).softmax(2)[:, 0]
-        middle = (estimate + true) / 2
-        apart = _divergence(estimate, middle) + _divergence(true, middle)
-        return (apart.clamp(min=0) / 2).sqrt() < self.tau
+        return jensen_shannon(estimate, true) < self.tau
 
     def _pooled(self, q: torch.Tensor, k: torch.Tensor, scale: float, far: torch.Tensor) -> torch.Tensor:
         """The largest entries of pooled attention (H, T, C) that make gamma of it."""
         shares = (products(means(q), means(k)) * scale).masked_fill_(far < 0, -torch.inf).softmax(2)
         none = torch.zeros((), dtype=torch.bool, device=q.device)
         return covering(shares.flatten(1), self.gamma, none).view(shares.shape)
-
-
-def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """``sum p ln(p / q)``, nothing where p is 0: (H, C) -> (H, 1)."""
-    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(1, keepdim=True)

@@ -112,6 +112,11 @@ class SqueezedAttention(DecodeSelector):
     number for all heads of a sequence, so that heads keep as many tokens as they need.  The prefix's window and
     everything after the prefix is attended to.
 
+    An index is made where a session begins, or before, once for all sessions that begin with the same tokens::
+
+        PrefixClusters().prefix(k, queries, scale).save("prefix.npz")
+        session = DecodeSession(k, v, policy=SqueezedAttention(SqueezedPrefix.load("prefix.npz")))
+
     Departures: logarithms of S are compared, so that no score overflows; an empty cluster is left out; of two levels, S
     of the fine one counts the clusters of coarse ones that passed; the published code averages S over a block of
     queries, where a step of decoding has one; how the coarse threshold is set is ours, and what is done without

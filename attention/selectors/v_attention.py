@@ -38,7 +38,7 @@ class VAttention(DecodeSelector):
         base: share of the residual in the first sample, in (0, 1]; 0.05, at least 2 keys.
         sinks: first tokens that are always kept; 128.
         recent: last tokens that are; 128.
-        seed: of the samples, at least 0; a step's follow from it and from how many steps were before.
+        seed: of the samples, at least 0; a step's follow from it and from the number of tokens.
 
     Raises:
         ArgumentError: a value out of range.
@@ -78,14 +78,12 @@ class VAttention(DecodeSelector):
         return float(n * d * itemsize)
 
 
+@dataclass(frozen=True)
 class VAttentionSteps(Steps):
-    """How many steps there were."""
+    """Nothing is remembered."""
 
-    def __init__(self, settings: VAttention, scale: float) -> None:
-        """No step yet."""
-        self.settings = settings
-        self.scale = scale
-        self.step = 0
+    settings: VAttention
+    scale: float
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Nothing is held."""
@@ -96,9 +94,8 @@ class VAttentionSteps(Steps):
         kept, rest = self._kept(scores)
         if rest == 0:
             return TokenLists.from_mask(kept)
-        orders = [permutation(self.settings.seed, 2 * self.step + which, k.shape[1], k.device) for which in (0, 1)]
-        self.step += 1
-        first, second = (places(~kept, order) for order in orders)
+        n, seed = k.shape[1], self.settings.seed
+        first, second = (places(~kept, permutation(seed, 2 * n + which, n, k.device)) for which in (0, 1))
         b = self._needed(scores, kept, ~kept & (first < self._base(rest)), rest)
         sample = ~kept & (second < b)
         log_weights = torch.where(sample, (rest / b).log(), 0.0)

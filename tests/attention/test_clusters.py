@@ -13,11 +13,12 @@ from tests.caches import KINDS, cache, lloyd_by_loops
 
 @pytest.mark.parametrize("spherical", [False, True])
 @pytest.mark.parametrize("iterations", [0, 1, 7])
-def test_it_is_lloyds_iteration(spherical: bool, iterations: int) -> None:
-    points = cache(1, 150).k
+@pytest.mark.parametrize(("kind", "count"), [("grouped", 12), ("gaussian", 2)])
+def test_it_is_lloyds_iteration(spherical: bool, iterations: int, kind: str, count: int) -> None:
+    points = cache(1, 150, kind).k
     points = unit(points) if spherical else points
-    start = points[:, permutation(2, 0, 150, points.device)[:12]]
-    nobodys = -2 * points.mean(1, keepdim=True) if spherical else 99 + torch.zeros_like(points[:, :1])
+    start = points[:, permutation(2, 0, 150, points.device)[:count]]
+    nobodys = -99 * start.mean(1, keepdim=True) if spherical else 99 + torch.zeros_like(start[:, :1])
     start = torch.cat([nobodys, start], 1)
     found = lloyd(points, start, iterations, spherical=spherical)
     for head in range(len(points)):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import estimates
-from tests.selectors import SHAPES, block_means, by_distance, gaussian, last_attention, reaching
+from tests.selectors import SHAPES, block_means, block_sums, by_distance, gaussian, last_attention, reaching
 
 few = settings(max_examples=60)
 
@@ -54,6 +54,28 @@ def test_a_distance_lies_in_two_block_distances(n: int, phase: int) -> None:
         for row in range(128):
             wanted[1 - (phase + row - D) // 128] += mass[D] / 128
     assert np.allclose(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1), (129, 129)])
+@pytest.mark.parametrize("largest", [1, 1 << 27])
+def test_block_attention_is_the_mean_of_the_rows_there_are(
+    shape: tuple[int, int], largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (m, n), prompt = shape, gaussian(1, *shape, sharp=1.0)
+    monkeypatch.setattr(estimates, "LARGEST", largest)
+    found = estimates.block_attention(torch.from_numpy(prompt.q), torch.from_numpy(prompt.k), prompt.scale).numpy()
+    for head in range(4):
+        rows = last_attention(prompt.scale * prompt.q[head], prompt.k[head // 2], m)
+        wanted = [block_sums(rows[first : first + 128].mean(axis=0)) for first in range(0, m, 128)]
+        assert np.allclose(found[head], wanted) and np.allclose(found[head].sum(axis=1), 1)
+    assert not found[:, 0, (n - m + min(m, 128) - 1) // 128 + 1 :].any()
+
+
+def test_distances_of_distributions() -> None:
+    p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.5, 0.5], [0.5, 0.5]])
+    middle = (np.log(4 / 3) + (np.log(2 / 3) + np.log(2)) / 2) / 2
+    wanted = np.sqrt([[np.log(2)], [0], [middle]])
+    assert np.allclose(estimates.jensen_shannon(p, q), wanted) and np.allclose(estimates.jensen_shannon(q, p), wanted)
 
 
 def test_means_of_blocks_are_of_the_rows_there_are() -> None:

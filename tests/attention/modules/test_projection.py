@@ -51,6 +51,7 @@ def assert_optimal(p: np.ndarray, z: np.ndarray, k: int) -> None:
     assert (z - p)[p < 1].max(initial=-np.inf) <= (z - p)[p > 0].min(initial=np.inf) + room
 
 
+@settings(max_examples=120)
 @given(problems())
 def test_it_is_the_projection(problem: Problem) -> None:
     z, k = problem
@@ -60,7 +61,7 @@ def test_it_is_the_projection(problem: Problem) -> None:
     assert np.abs(p - reference.sparsek(z, k)).max() <= gap
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(problems(np.float32))
 def test_float32_is_the_rounded_projection(problem: Problem) -> None:
     z, k = problem
@@ -70,7 +71,7 @@ def test_float32_is_the_rounded_projection(problem: Problem) -> None:
     assert torch.equal(p, exact.float())
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_it_is_symmetric_and_ignores_a_shift(problem: Problem, seed: int) -> None:
     z, k = torch.from_numpy(problem.z), problem.k
@@ -80,7 +81,7 @@ def test_it_is_symmetric_and_ignores_a_shift(problem: Problem, seed: int) -> Non
     assert torch.allclose(sparsek(near + 4, k), sparsek(near, k), rtol=0, atol=1e-14)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(problems(), st.integers(0, 2**32 - 1), st.sampled_from((1e-9, 1e-2, 1.0)))
 def test_it_moves_no_further_than_its_argument(problem: Problem, seed: int, size: float) -> None:
     z = torch.from_numpy(problem.z.clip(-1e6, 1e6))
@@ -89,7 +90,7 @@ def test_it_moves_no_further_than_its_argument(problem: Problem, seed: int, size
     assert moved <= (other - z).norm() * (1 + 1e-9) + 1e-9 * 1e-6
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_no_other_feasible_point_is_nearer(problem: Problem, seed: int) -> None:
     z, k = problem.z.clip(-1e3, 1e3), problem.k
@@ -100,7 +101,7 @@ def test_no_other_feasible_point_is_nearer(problem: Problem, seed: int) -> None:
         assert ((p - z) ** 2).sum() <= ((other - z) ** 2).sum() * (1 + 1e-12) + 1e-12
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_rows_of_a_batch_are_alone(seed: int, turned: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -135,10 +136,10 @@ def test_ends_ties_and_extremes() -> None:
     assert sparsek(above, 1).tolist() == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("k", [1, 3])
 def test_gradients_are_exact_away_from_kinks(k: int) -> None:
     torch.manual_seed(k)
-    z = torch.randn(4, 7, dtype=torch.float64)
+    z = torch.randn(2, 6, dtype=torch.float64)
     p = sparsek(z, k)
     tau = (z - p)[(p > 0) & (p < 1)]
     assert tau.numel() and (p * (1 - p))[(p > 0) & (p < 1)].min() > 1e-3  # inside, so that a step meets no kink
@@ -148,7 +149,7 @@ def test_gradients_are_exact_away_from_kinks(k: int) -> None:
     assert torch.autograd.gradcheck(lambda x: causal_sparsek(x, k, delay=1), z)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_the_gradient_is_that_of_the_formula(problem: Problem, seed: int) -> None:
     z = torch.from_numpy(problem.z).requires_grad_()
@@ -160,7 +161,7 @@ def test_the_gradient_is_that_of_the_formula(problem: Problem, seed: int) -> Non
     assert np.allclose(found.numpy(), wanted, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 9), st.integers(0, 4), st.sampled_from(KINDS[:4]))
 def test_a_causal_row_is_the_projection_of_its_prefix(seed: int, k: int, delay: int, kind: str) -> None:
     u = scores(np.random.default_rng(seed), (2, 8), kind)
@@ -180,7 +181,7 @@ def test_a_causal_row_is_the_projection_of_its_prefix(seed: int, k: int, delay: 
 
 
 @pytest.mark.parametrize("method", ["reference", "tree", "sketch"])
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_half_spaces_find_the_same_gates(method: str, data: Any) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))

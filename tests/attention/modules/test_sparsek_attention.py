@@ -47,8 +47,8 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 10**6), SHAPES, st.integers(1, 24), st.sampled_from((0.3, 1.0, 8.0)))
+@settings(max_examples=20)
+@given(st.integers(0, 10**6), SHAPES, st.integers(1, 20), st.sampled_from((0.3, 1.0, 8.0)))
 def test_the_dense_form_is_the_definition(seed: int, changes: dict[str, Any], length: int, size: float) -> None:
     module = layer(seed, **changes)
     x = size * torch.randn(2, length, 12, dtype=torch.float64)
@@ -57,8 +57,8 @@ def test_the_dense_form_is_the_definition(seed: int, changes: dict[str, Any], le
         assert np.allclose(output[b], expected(module, x[b].numpy())[0], rtol=1e-9, atol=1e-10)
 
 
-@settings(max_examples=25)
-@given(st.integers(0, 10**6), SHAPES, st.integers(2, 24), st.data())
+@settings(max_examples=8)
+@given(st.integers(0, 10**6), SHAPES, st.integers(2, 18), st.data())
 def test_steps_give_the_dense_rows_from_constant_memory(
     seed: int, changes: dict[str, Any], length: int, data: st.DataObject
 ) -> None:
@@ -149,7 +149,7 @@ def test_equal_scores_keep_the_older_keys() -> None:
 
 def test_a_slope_bounds_the_scores_that_are_held() -> None:
     module = layer(8, slope=0.5)
-    x = torch.randn(1, 300, 12, dtype=torch.float64)
+    x = torch.randn(1, 150, 12, dtype=torch.float64)
     with torch.no_grad():
         assert module.prompt(x)[1].scores.shape[2] < 30
 
@@ -167,7 +167,7 @@ def test_float32() -> None:
 
 def test_gradients_are_exact_away_from_kinks() -> None:
     module = layer(10, width=4, heads=2, key_heads=1, k=2, window=1, slope=0.1)
-    x = torch.randn(1, 7, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, x)
 
 
@@ -188,6 +188,7 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: module(x[0]), r"x must be \(B, T, 12\) of float64; got \(5, 12\)"),
         (lambda: module(x.numpy()), r"x must be a tensor \(B, T, 12\) of float64; got ndarray"),
         (lambda: module(x + torch.nan), "x must be finite; got nan"),
+        (lambda: module(x + 1.7e308), "the score of x must be finite; got -?inf"),
         (lambda: module.step(x[:, 0] + torch.inf, cache), "x must be finite; got inf"),
         (lambda: module.step(x[:1, 0], cache), r"x must be \(2, 12\) of float64; got \(1, 12\)"),
         (lambda: module.prompt(x.to("meta")), "x must be on the CPU; got device meta"),

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from attention import DecodeSession
+from attention.chosen_reference import chosen
 from attention.clusters import plus_plus, unit
 from attention.selectors.squeezed_attention import PrefixClusters, SqueezedAttention
 from attention.squeezed_prefix import SqueezedPrefix, quantile
@@ -189,6 +191,24 @@ def test_sequences_of_a_batch_share_a_prefix() -> None:
     )
     found = [sets(chosen_by(SqueezedAttention(prefix), made)) for made in (one, other, both)]
     assert found[0] + found[1] == found[2] and found[0] != found[1]
+
+
+def test_sessions_take_a_saved_prefix(tmp_path: Path) -> None:
+    """Of one sequence and of two, whose other tokens differ; beside attention to the lists by definition."""
+    made, more = cache(16, 330).to(torch.float32), cache(17, 40).to(torch.float32)
+    indexed(TWO, made.first(300), queries(made, 30).float()).save(tmp_path / "prefix.npz")
+    policy = SqueezedAttention(SqueezedPrefix.load(tmp_path / "prefix.npz"))
+    other = made._replace(k=torch.cat([made.k[:, :300], more.k[:, :30]], 1))
+    for caches in ([made], [made, other]):
+        q, k, v = (torch.stack([c[i] for c in caches]) for i in range(3))
+        session = DecodeSession(k[:, :, :310], v[:, :, :310], policy=policy, scale=made.scale)
+        session.append(k[:, :, 310:], v[:, :, 310:])
+        found = session.attend(q[:, :, None])
+        for i, one in enumerate(caches):
+            lists = chosen_by(policy, one)
+            assert int(lists.counts.max()) < 330
+            assert np.allclose(found.output[i, :, 0], chosen(*one[:3], lists, one.scale)[0], atol=1e-5)
+            assert np.array_equal(found.counters.reported[i, :, 0], lists.counts)
 
 
 def test_another_cache_than_the_prefix_is_refused() -> None:

@@ -5,6 +5,7 @@ Tests of randomness have fixed seeds; were these drawn anew, each would fail of 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -22,7 +23,7 @@ BARE = VAttention(eps=0.2, delta=0.1, heavy=0.0, base=0.3, sinks=0, recent=0, se
 every = pytest.mark.parametrize("policy", [*VAttention.examples(), BARE], ids=str)
 
 
-def reference(made: Cache, head: int, policy: VAttention, step: int) -> dict[int, float]:
+def reference(made: Cache, head: int, policy: VAttention) -> dict[int, float]:
     """Log weights by token."""
     n, exact = made.k.shape[1], scores(made, head)
     fixed = {j for j in range(n) if j < policy.sinks or j >= n - policy.recent}
@@ -30,8 +31,7 @@ def reference(made: Cache, head: int, policy: VAttention, step: int) -> dict[int
     heavy = math.ceil(policy.heavy * len(middle))
     kept, rest = fixed | set(middle[:heavy]), set(middle[heavy:])
     first, second = (
-        [j for j in permutation(policy.seed, 2 * step + which, n, made.k.device).tolist() if j in rest]
-        for which in (0, 1)
+        [j for j in permutation(policy.seed, 2 * n + which, n, made.k.device).tolist() if j in rest] for which in (0, 1)
     )
     told = np.exp(exact[first[: max(2, math.ceil(policy.base * len(rest)))]])
     total = np.exp(exact[sorted(kept)]).sum() + len(rest) * told.mean()
@@ -46,12 +46,12 @@ def reference(made: Cache, head: int, policy: VAttention, step: int) -> dict[int
 def test_it_is_the_paper(policy: VAttention, kind: str) -> None:
     made = cache(1, 420, kind, group=3)
     steps = begun(policy, made.first(300), (100, 200))
-    for step, end in enumerate((300, 350, 420)):
+    for end in (300, 350, 420):
         now = made.first(end)
         steps.append(*now[1:3])
         lists = steps.choose(*now[:3])
         for head in range(6):
-            assert weights(lists, head) == pytest.approx(reference(now, head, policy, step), abs=1e-6)
+            assert weights(lists, head) == pytest.approx(reference(now, head, policy), abs=1e-6)
 
 
 def test_places_count_those_before() -> None:
@@ -63,21 +63,20 @@ def test_places_count_those_before() -> None:
         assert found[line, j] == among[line, before].sum()
 
 
-def steps_of(policy: VAttention, made: Cache, count: int) -> list[list[dict[int, float]]]:
-    """Log weights of each head in as many steps over one cache."""
-    steps = begun(policy, made)
+def runs_of(policy: VAttention, made: Cache, count: int) -> list[list[dict[int, float]]]:
+    """Log weights of each head for as many seeds."""
     found = []
-    for _ in range(count):
-        lists = steps.choose(*made[:3])
+    for seed in range(count):
+        lists = chosen_by(dataclasses.replace(policy, seed=seed), made)
         found.append([weights(lists, head) for head in range(len(made.q))])
     return found
 
 
 def test_numerator_and_denominator_are_unbiased() -> None:
-    """Over 1,500 steps, by z-tests on sums of weights and of weighted values; b varies from step to step."""
-    policy = VAttention(eps=0.1, delta=0.2, heavy=0.03, base=0.05, sinks=4, recent=4, seed=7)
+    """Over 1,500 seeds, by z-tests on sums of weights and of weighted values; b varies from seed to seed."""
+    policy = VAttention(eps=0.05, delta=0.4, heavy=0.03, base=0.05, sinks=4, recent=4)
     made = cache(2, 250, "gaussian", group=1)
-    runs = steps_of(policy, made, 1500)
+    runs = runs_of(policy, made, 1500)
     assert len({len(run[0]) for run in runs}) > 10
     checks = 2 * (1 + made.v.shape[2])
     for head in range(2):
@@ -89,9 +88,9 @@ def test_numerator_and_denominator_are_unbiased() -> None:
 
 
 def test_every_key_of_the_residual_is_as_likely() -> None:
-    """How often each is drawn in 2,000 steps, where all weights are equal, so that b is 1, by a binomial test."""
-    policy = VAttention(heavy=0.0, sinks=1, recent=1, seed=5)
-    runs = steps_of(policy, cache(3, 42, "same", g=1, group=1), 2000)
+    """How often each is drawn by 2,000 seeds, where all weights are equal, so that b is 1, by a binomial test."""
+    policy = VAttention(heavy=0.0, sinks=1, recent=1)
+    runs = runs_of(policy, cache(3, 42, "same", g=1, group=1), 2000)
     counts = np.zeros(42)
     for run in runs:
         assert len(run[0]) == 3
@@ -103,14 +102,14 @@ def test_every_key_of_the_residual_is_as_likely() -> None:
 
 @pytest.mark.parametrize(("eps", "delta"), [(0.1, 0.2), (0.2, 0.1)])
 def test_the_denominator_is_within_eps(eps: float, delta: float) -> None:
-    """In at least 1 - delta of 400 steps, less what chance allows the count at that rate.
+    """In at least 1 - delta of 400 seeds, less what chance allows the count at that rate.
 
     The first sample is large, so that what it tells of sigma and D is near the truth.
     """
     policy = VAttention(eps, delta, heavy=0.02, base=0.5, sinks=4, recent=4)
     made = cache(4, 400, "gaussian", group=1)
     failures = np.zeros(2)
-    for run in steps_of(policy, made, 400):
+    for run in runs_of(policy, made, 400):
         for head in range(2):
             mass = np.exp(scores(made, head))
             estimate = sum(math.exp(log) * mass[j] for j, log in run[head].items())
@@ -126,12 +125,14 @@ def test_a_smaller_error_takes_more_keys() -> None:
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 4 * 500
 
 
-def test_seeds_and_steps_draw_anew_and_the_same_seed_the_same() -> None:
-    made = cache(6, 400, "gaussian")
-    runs = steps_of(VAttention(sinks=8, recent=8), made, 2)
-    assert runs[0] != runs[1]
-    assert runs == steps_of(VAttention(sinks=8, recent=8), made, 2)
-    assert runs[:1] != steps_of(VAttention(sinks=8, recent=8, seed=1), made, 1)
+def test_seeds_and_numbers_of_tokens_draw_anew_and_the_same_the_same() -> None:
+    """Of equal keys one is drawn: 40 times of about 400, so that more than a few alike would be strange."""
+    made, policy = cache(6, 440, "same"), VAttention(heavy=0.0, sinks=0, recent=0)
+    by_n = [tuple(*sets(chosen_by(policy, made.first(n)))[:1]) for n in range(400, 440)]
+    by_seed = [tuple(run[0]) for run in runs_of(policy, made, 40)]
+    assert {len(drawn) for drawn in by_n + by_seed} == {1}
+    assert len(set(by_n)) > 30 and len(set(by_seed)) > 30
+    assert by_n == [tuple(*sets(chosen_by(policy, made.first(n)))[:1]) for n in range(400, 440)]
 
 
 def test_few_keys_are_all_attended_to() -> None:
