@@ -14,7 +14,7 @@ from attention.engine import Plan, Stepwise, fold, is_stepwise
 from attention.held_rows import HeldRows
 from attention.result import ROUNDING, SMALLEST, Certificate, Counters, Result
 from attention.shared_prompt import LARGEST
-from attention.token_lists import TokenLists
+from attention.token_lists import TokenLists, check_shapes
 from hsr import checks
 from hsr.backend import choose, preferred
 from hsr.errors import ArgumentError
@@ -124,6 +124,7 @@ class SelectedSession:
 
     def _lists(self, rows: torch.Tensor) -> TokenLists:
         lists: TokenLists = self._steps.choose(rows, self._keys.rows, self._values.rows)
+        check_shapes(lists, len(rows), len(self._keys.rows))
         return lists
 
     def _row(self, name: str, q: Any) -> torch.Tensor:

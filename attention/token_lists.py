@@ -105,11 +105,8 @@ def check(lists: TokenLists, heads: int, groups: int, n: int) -> None:
     Raises:
         ArgumentError: a shape or dtype that does not fit, a token out of range or listed twice.
     """
-    L, W = lists.tokens.shape
-    if L not in (heads, groups) or lists.counts.shape != (L,):
-        raise ArgumentError(f"lists must be {heads} or {groups} lines; got {L} of {tuple(lists.counts.shape)} counts")
-    if lists.tokens.dtype != torch.int32 or lists.counts.dtype != torch.int32:
-        raise ArgumentError(f"lists must be int32; got {lists.tokens.dtype} and {lists.counts.dtype}")
+    check_shapes(lists, heads, groups)
+    W = lists.tokens.shape[1]
     if int(lists.counts.min()) < 0 or int(lists.counts.max()) > W:
         raise ArgumentError(f"counts must lie in 0..{W}; got {int(lists.counts.min())}..{int(lists.counts.max())}")
     named = lists.tokens[lists.valid()]
@@ -117,6 +114,15 @@ def check(lists: TokenLists, heads: int, groups: int, n: int) -> None:
         raise ArgumentError(f"tokens must lie in 0..{n - 1}; got {int(named.min())}..{int(named.max())}")
     if int(lists.mask(n).sum()) != int(lists.counts.sum()):
         raise ArgumentError("tokens must name a key once in a line; got one more than once")
+
+
+def check_shapes(lists: TokenLists, heads: int, groups: int) -> None:
+    """What `check` can tell without reading the lists; ArgumentError likewise."""
+    L = len(lists.tokens)
+    if L not in (heads, groups) or lists.counts.shape != (L,):
+        raise ArgumentError(f"lists must be {heads} or {groups} lines; got {L} of {tuple(lists.counts.shape)} counts")
+    if lists.tokens.dtype != torch.int32 or lists.counts.dtype != torch.int32:
+        raise ArgumentError(f"lists must be int32; got {lists.tokens.dtype} and {lists.counts.dtype}")
     for name, found, wanted in _weights(lists):
         if found.dtype != torch.float32 or tuple(found.shape) != wanted:
             raise ArgumentError(f"{name} must be {wanted} float32; got {tuple(found.shape)} {found.dtype}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import Softmax
@@ -61,6 +61,7 @@ def problems(draw: st.DrawFn) -> tuple[Any, ...]:
     return q, k, v, lists, draw(st.sampled_from((d**-0.5, 1.0, 3e-3)))
 
 
+@settings(max_examples=100)
 @given(problem=problems())
 def test_numba_is_its_definition(problem: tuple[Any, ...]) -> None:
     q, k, v, lists, scale = problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 
 from attention import DecodeSession, Dense, ReLUPower, audit, decode, prefill
 from attention.chosen_reference import chosen
+from attention.decode_selector import DecodeSelector, Steps
 from attention.selectors import TopOracle
+from attention.token_lists import TokenLists
 from hsr import HSRIndex
 from hsr.backend import named
 from hsr.errors import ArgumentError, BackendUnavailable
@@ -155,6 +158,40 @@ def test_a_refused_append_changes_nothing_and_nothing_is_evicted() -> None:
     with pytest.raises(ArgumentError, match=r"ids must stay: TopOracle.* cannot evict; got 2 ids"):
         session.evict([0, 1])
     assert session.n == 70 and np.array_equal(session.attend(q).output, before.output)
+
+
+@dataclass(frozen=True)
+class Wrong(DecodeSelector, Steps):
+    """Lists of a shape or dtype that fits nothing."""
+
+    lists: TokenLists
+
+    @classmethod
+    def examples(cls) -> tuple[Wrong, ...]:
+        return ()
+
+    def begin(self, k: Any, v: Any, queries: Any, scale: float, batch: int = 1) -> Steps:
+        return self
+
+    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+        return 0.0
+
+    def append(self, k: Any, v: Any) -> None:
+        pass
+
+    def choose(self, q: Any, k: Any, v: Any) -> TokenLists:
+        return self.lists
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "message"),
+    [(3, torch.int32, "lists must be 6 or 2 lines; got 3"), (2, torch.int64, "lists must be int32; got torch.int64")],
+)
+def test_lists_of_a_wrong_shape_are_told(lines: int, kind: torch.dtype, message: str) -> None:
+    q, k, v = inputs()
+    lists = TokenLists(torch.zeros(lines, 1, dtype=kind), torch.ones(lines, dtype=torch.int32))
+    with pytest.raises(ArgumentError, match=message):
+        DecodeSession(k, v, policy=Wrong(lists)).attend(q)
 
 
 def test_what_serves_decode_does_not_serve_prompts_nor_the_other_way() -> None:

@@ -10,10 +10,12 @@ pytest.importorskip("triton")
 from attention import DecodeSession  # noqa: E402
 from attention.decode_selector import DecodeSelector  # noqa: E402
 from attention.selectors import catalogue  # noqa: E402
+from attention.step_tail import StepTail  # noqa: E402
 from attention.token_lists import check  # noqa: E402
 from tests.decode_selectors import Cache, cache  # noqa: E402
 
 EXAMPLES = [example for selector in catalogue(DecodeSelector).values() for example in selector.examples()]
+EXAMPLES += StepTail.examples()
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("selector", EXAMPLES, ids=str)]
 
 
