@@ -129,7 +129,8 @@ def attend_prompt(
     scale: float | None,
     method: str,
 ) -> BlockResult:
-    """Arguments as of `attention.prefill`; method names rows of the operations ``key_lists`` and ``listed``.
+    """Arguments as of `attention.prefill`; method names rows of the operations ``key_lists``, ``listed`` and
+    ``skip_softmax``.
 
     Raises:
         ArgumentError: as for `attention.prefill`; causal=False, a weight other than Softmax(), what the policy refuses;
