@@ -15,6 +15,7 @@ from attention.result import Certificate, Counters, Result
 from attention.sampled import Sampled
 from attention.session import DecodeSession
 from attention.shared_prompt import BlockResult
+from attention.skip_softmax import SkipResult, SkipSoftmax
 from attention.values import Values
 from attention.weights import ReLUPower, Softmax
 
@@ -35,6 +36,8 @@ __all__ = [
     "ReLUPower",
     "Result",
     "Sampled",
+    "SkipResult",
+    "SkipSoftmax",
     "Softmax",
     "TopR",
     "Values",

@@ -40,7 +40,8 @@ def prefill(
         policy: as for `decode`; or, for causal prompts, one whose rows share keys: BlockSampled(...), Listed(lists),
             SkipSoftmax(...) or a selector of `attention.selectors`.
         scale: as for `decode`.
-        method: index method, a name of the dispatch table or "auto"; for BlockSampled, a method of its operations.
+        method: index method, a name of the dispatch table or "auto"; for BlockSampled
+            and SkipSoftmax, a method of their operations.
 
     Returns:
         Result: output (h, m, dv) or (B, h, m, dv) with log-sum-exp, certificate and counters.

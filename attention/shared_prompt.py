@@ -129,7 +129,7 @@ def attend_prompt(
     scale: float | None,
     method: str,
 ) -> BlockResult:
-    """Arguments as of `attention.prefill`; method names rows of the operations ``key_lists`` and ``listed``.
+    """Arguments as of `attention.prefill`; method names rows of the operations that the policy chooses among.
 
     Raises:
         ArgumentError: as for `attention.prefill`; causal=False, a weight other than Softmax(), what the policy refuses;

@@ -25,7 +25,7 @@ def _needed(scores, seen, level, tops, bests):
         for j in range(seen[i]):
             best = max(best, scores[i, j])
         bests[i] = best
-        needed |= seen[i] > 0 and not best < tops[i] + level
+        needed |= not best < tops[i] + level
     return needed
 
 

@@ -25,8 +25,8 @@ def skip_softmax(q: np.ndarray, k: np.ndarray, v: np.ndarray, level: float, scal
     """q (H, m, d), k (g, n, d), v (g, n, dv), level the logarithm of a threshold of at most 1, -inf for none.
 
     Each block of 128 rows visits blocks of 64 keys from key 0 on.  Of scores ``s`` of the keys that a row sees, M is
-    the largest one so far, and b that of the block: where ``b < M + level`` for every row that sees any key of the
-    block, the block is skipped, and nothing of it is known but b.  Else it is attended to, and M becomes max(M, b).
+    the largest one so far, and b that of the block, -inf of a row that sees none of it: where ``b < M + level`` for
+    every row, the block is skipped, and nothing of it is known but b.  Else it is attended to, and M becomes max(M, b).
     """
     heads, m, n = len(q), q.shape[1], k.shape[1]
     output, (lse, log_dropped), kept = np.empty((heads, m, v.shape[2])), np.empty((2, heads, m)), np.zeros((heads, m))
@@ -40,7 +40,7 @@ def skip_softmax(q: np.ndarray, k: np.ndarray, v: np.ndarray, level: float, scal
         for first in range(0, position[-1, 0] + 1, BLOCK):
             part = slice(first, first + BLOCK)
             seen, best = (scores[:, part] > -np.inf).sum(axis=1), scores[:, part].max(axis=1)
-            if ((best < top + level) | (seen == 0)).all():
+            if (best < top + level).all():  # of rows that see none of it, best is -inf
                 bound += seen * np.exp(best - top)
                 found.blocks[head, block] += 1
                 continue

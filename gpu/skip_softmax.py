@@ -55,7 +55,7 @@ def _visit(
         s = tl.dot(q, tl.trans(tl.load(k_at))) * factor
     seen = tl.minimum(tl.maximum(position - first + 1, 0), N)
     best = tl.max(s, 1)
-    light = (best < m + level) | (seen == 0) | (here == 0)
+    light = (best < m + level) | (here == 0)
     if tl.min(light.to(tl.int32), 0) == 0:
         if MASKED:
             v = tl.load(v_at, mask=j[:, None] < end, other=0.0)

@@ -8,7 +8,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from attention import Softmax, prefill  # noqa: E402
-from attention.selectors import StreamingLLM  # noqa: E402
+from attention.key_lists import check  # noqa: E402
+from attention.selectors import StreamingLLM, catalogue  # noqa: E402
 from attention.with_tail import WithTail  # noqa: E402
 from gpu import prompt as module  # noqa: E402
 from tests.gpu.interpreted import normal, pytestmark  # noqa: E402, F401
@@ -26,3 +27,19 @@ def test_a_selector_makes_its_lists_where_the_tensors_are(tail):
     assert (found.output.cpu().double() - torch.from_numpy(wanted.output)).abs().max() < 4e-3
     assert torch.equal(found.counters.reported.cpu(), torch.from_numpy(wanted.counters.reported))
     assert torch.allclose(found.densities.cpu().double(), torch.from_numpy(wanted.densities))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", catalogue())
+def test_lists_wait_for_nothing(name):
+    q, k = (normal(heads, rows, 64, seed=heads).bfloat16() for heads, rows in ((8, 1900), (2, 3077)))
+    for policy in catalogue()[name].examples():
+        wrapped = WithTail(policy, sampled=9), WithTail(policy, sampled=9, means=True)
+        for each in (policy, *wrapped):
+            each.lists(q, k, 0.125)  # what is set up once may wait
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                lists = each.lists(q, k, 0.125)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            check(lists, 8, 1900, 3077)
