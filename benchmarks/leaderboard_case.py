@@ -73,7 +73,7 @@ def spaced(layers: int) -> list[int]:
 def clusters(chosen: Sequence[int], tokens: int) -> HeadClusters:
     """Heads of these layers that attend alike to CALIBRATED tokens after those that are measured."""
     found = real_keys.prompts(CALIBRATED, chosen, HERE, first=tokens)
-    return HeadClusters.fit([block_attention(q, k, q.shape[2] ** -0.5) for q, k, _ in found])
+    return HeadClusters.fit([block_attention(q, k, q.shape[2] ** -0.5).cpu() for q, k, _ in found])
 
 
 def measured(

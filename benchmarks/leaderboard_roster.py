@@ -16,6 +16,7 @@ from attention import BlockSampled, Certified, Dense, Sampled, TopR
 from attention.decode_selector import DecodeSelector
 from attention.head_clusters import HeadClusters
 from attention.key_lists import KeyLists, edges
+from attention.list_tail import ListTail
 from attention.selector import ListMaker, Selector
 from attention.selectors import (
     DoubleSparsity,
@@ -39,12 +40,13 @@ from attention.selectors import (
 )
 from attention.selectors.squeezed_attention import PrefixClusters
 from attention.skip_softmax import SkipSoftmax
+from attention.step_tail import StepTail
 from attention.with_tail import WithTail
 from benchmarks.prefill_oracles import RULES, Head
 from hsr.errors import ArgumentError, BackendUnavailable
 
 REFUSALS = (ArgumentError, BackendUnavailable)
-OURS = (BlockSampled, Certified, Sampled, TopR, WithTail, SlashVerticalHorizontal)
+OURS = (BlockSampled, Certified, Sampled, TopR, ListTail, StepTail, SlashVerticalHorizontal)
 SHARES = (0.025, 0.05, 0.1, 0.2)
 
 
@@ -120,6 +122,11 @@ def decode(n: int) -> list[Entry]:
             VAttention(eps, heavy=share, base=share) for eps, share in ((0.2, 0.01), (0.1, 0.025), (0.05, 0.1))
         ],
         MagicPIG: [MagicPIG(planes, tables) for planes, tables in ((10, 150), (8, 75))],
+        StepTail: [
+            WithTail(inner, sampled=budget // 2)
+            for budget in budgets
+            for inner in (Quest(budget // 2), DoubleSparsity(budget // 2))
+        ],
         TopR: [TopR(budget) for budget in budgets] + [TopR()],
         Certified: [Certified(0.05), Certified(0.05, bytes_per_key=24)],
         Sampled: [Sampled(budget=budget // 2, bytes_per_key=code) for code in (16, 32) for budget in budgets],
@@ -148,9 +155,10 @@ def prefill(n: int, clusters: HeadClusters) -> list[Entry]:
         SlashVerticalHorizontal: [SlashVerticalHorizontal(share) for share in (0.4, 0.2, 0.1)],
         BlockSampled: [BlockSampled(density=share, rows=rows) for rows in (4, 8, 32) for share in (0.05, 0.1, 0.2)]
         + [BlockSampled(density=share, causal_selection=True) for share in (0.05, 0.1, 0.2)],
-        WithTail: [
+        ListTail: [
             WithTail(FlexPrefill(0.75, min_budget=256), sampled=128),
-            WithTail(FlashPrefill(0.3, means=False), sampled=128),
+            WithTail(FlashPrefill(0.8, last=2, means=False), sampled=128),
+            WithTail(XAttention(0.7), sampled=128),
             WithTail(XAttention(0.7), means=True),
         ],
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -30,3 +33,16 @@ def poisoned_allocations(monkeypatch):
         return found.fill_(torch.nan if found.is_floating_point() else 113)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@contextmanager
+def waiting_is_an_error():
+    """Whatever waits for the GPU raises."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

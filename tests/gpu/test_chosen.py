@@ -15,7 +15,7 @@ from attention.token_lists import Means, TokenLists  # noqa: E402
 from gpu import chosen as module  # noqa: E402
 from hsr.backend import named  # noqa: E402
 from tests.chosen import some_lists  # noqa: E402
-from tests.gpu.interpreted import HERE, normal, poisoned_allocations, pytestmark  # noqa: E402, F401
+from tests.gpu.interpreted import HERE, normal, poisoned_allocations, pytestmark, waiting_is_an_error  # noqa: E402, F401
 
 pytestmark = [*pytestmark, pytest.mark.usefixtures("poisoned_allocations")]
 GPU = pytest.mark.gpu
@@ -119,14 +119,10 @@ def test_a_session_on_the_gpu_is_the_one_on_the_cpu_and_never_waits(dtype):
     v = v[:, :, :777]
     session = DecodeSession(k[:, :, :700], v[:, :, :700], policy=TopOracle(64))
     session.attend(q)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for t in range(700, 777):
             session.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
         found = session.attend(q)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     wanted = DecodeSession(k.cpu(), v.cpu(), policy=TopOracle(64)).attend(q.cpu())
     assert session.n == 777 and found.certificate.kind == "none" and found.output.shape == q.shape
     assert (found.output.cpu().float() - wanted.output.float()).abs().max() < 0.05

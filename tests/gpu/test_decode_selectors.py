@@ -13,6 +13,7 @@ from attention.selectors import catalogue  # noqa: E402
 from attention.step_tail import StepTail  # noqa: E402
 from attention.token_lists import check  # noqa: E402
 from tests.decode_selectors import Cache, cache  # noqa: E402
+from tests.gpu.interpreted import waiting_is_an_error  # noqa: E402
 
 EXAMPLES = [example for selector in catalogue(DecodeSelector).values() for example in selector.examples()]
 EXAMPLES += StepTail.examples()
@@ -28,14 +29,10 @@ def test_a_session_never_waits(selector, dtype):
     q, k, v = on_gpu(cache(1, 333, d=64, dv=64), dtype)
     session = DecodeSession(k[:, :300], v[:, :300], policy=selector, queries=q[:, None])
     session.attend(q[:, None])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for n in range(300, 333):
             session.append(k[:, n : n + 1], v[:, n : n + 1])
             found = session.attend(q[:, None])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     check(session.gpu.lists(q[:, None]), 4, 2, 333)
     assert torch.isfinite(found.output).all() and (found.counters.reported > 0).all()
 

@@ -12,7 +12,7 @@ from attention.key_lists import check  # noqa: E402
 from attention.selectors import StreamingLLM, catalogue  # noqa: E402
 from attention.with_tail import WithTail  # noqa: E402
 from gpu import prompt as module  # noqa: E402
-from tests.gpu.interpreted import normal, pytestmark  # noqa: E402, F401
+from tests.gpu.interpreted import normal, pytestmark, waiting_is_an_error  # noqa: E402, F401
 
 
 @pytest.mark.parametrize("tail", [{}, {"sampled": 5}, {"means": True}, {"sampled": 5, "means": True}], ids=str)
@@ -37,9 +37,6 @@ def test_lists_wait_for_nothing(name):
         wrapped = WithTail(policy, sampled=9), WithTail(policy, sampled=9, means=True)
         for each in (policy, *wrapped):
             each.lists(q, k, 0.125)  # what is set up once may wait
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with waiting_is_an_error():
                 lists = each.lists(q, k, 0.125)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
             check(lists, 8, 1900, 3077)
