@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from attention.block_maps import distances, key_lists
-from attention.estimates import LARGEST, by_block_distance, covering, pooled, products
+from attention.estimates import LARGEST, by_block_distance, covering, pooled, products, ranks
 from attention.key_lists import KEYS, KeyLists, row_blocks
 from attention.selector import Selector
+from attention.time_budget import blocks_for
 from hsr import checks
 
 ROWS = 128  # sampled rows
@@ -32,8 +33,13 @@ class SlashVerticalHorizontal(Selector):
     it; no more is known, and no code.  Everything else here is ours: the fit to rows, which needs no knowledge of
     rotary embeddings, the blocks, and the threshold for each row block.  Its maps are quadratic in blocks.
 
+    With ``seconds`` the threshold is one for a head, at the modelled shares that as many blocks have as there is time
+    for, by rates that are measured once for a kind and size of call, in the first of them.  Approximate: other work on
+    the machine counts, and what is always seen is seen however little time there is.
+
     Args:
         dropped: share of a row block's modelled attention that may be left out, in [0, 1); ours, 0.1.
+        seconds: or else the time that a prompt should take; None for ``dropped`` alone.
         sinks: first key blocks that every row sees; ours, 1.
         window: key blocks that a row sees up to its own, at least 1; ours, 2.
         last: row blocks at the end that see everything; ours, 2.
@@ -51,8 +57,11 @@ class SlashVerticalHorizontal(Selector):
     sinks: int = 1
     window: int = 2
     last: int = 2
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
+        if self.seconds is not None:
+            checks.real("seconds", self.seconds, np.nextafter(0, 1), np.inf)
         checks.real("dropped", self.dropped, 0.0, np.nextafter(1, 0))
         checks.whole("sinks", self.sinks, 0)
         checks.whole("window", self.window, 1)
@@ -64,8 +73,9 @@ class SlashVerticalHorizontal(Selector):
         return cls(), cls(dropped=0.5, sinks=0, window=1, last=0)
 
     def tighter(self, n: int) -> Self | None:
-        """See `ListMaker`: half of what may be dropped."""
-        return dataclasses.replace(self, dropped=self.dropped / 2) if self.dropped > 1e-3 else None
+        """See `ListMaker`: half of what may be dropped, None with a limit of time."""
+        spare = self.seconds is None and self.dropped > 1e-3
+        return dataclasses.replace(self, dropped=self.dropped / 2) if spare else None
 
     def lists(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> KeyLists:
         """See `Selector`."""
@@ -75,7 +85,13 @@ class SlashVerticalHorizontal(Selector):
         shares = modelled(*fitted(q, k, scale), far, (n - m) % KEYS)
         near = (far < self.window) | (torch.arange(C, device=q.device) < self.sinks)
         forced = near | (torch.arange(T, device=q.device) >= T - self.last)[:, None]
-        keep = covering(shares.flatten(0, 1), 1 - self.dropped, forced.repeat(len(q), 1))
+        if self.seconds is None:
+            keep = covering(shares.flatten(0, 1), 1 - self.dropped, forced.repeat(len(q), 1))
+        else:
+            room = blocks_for(self.seconds, dataclasses.replace(self, seconds=None), q, k)
+            older = (far > 0).flatten()
+            keep = ranks(shares.flatten(1).masked_fill(~older, -1.0), forced.flatten() & older) < room
+            keep |= forced.flatten()
         return key_lists(keep.view(len(q), row_blocks(m), C), m, n)
 
 

@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention.selectors.slash_vertical_horizontal import SlashVerticalHorizontal, fitted
+from attention import time_budget
+from attention.block_maps import distances
+from attention.key_lists import bands
+from attention.selectors.slash_vertical_horizontal import SlashVerticalHorizontal, fitted, modelled
 from hsr.errors import ArgumentError
 from tests.prompts import Prompt
 from tests.selectors import SHAPES, Line, eligible, gaussian, lines, places, reaching, softmax, wanted
@@ -60,6 +63,41 @@ def test_it_is_its_definition(shape: tuple[int, int], policy: SlashVerticalHoriz
     assert lines(policy, prompt) == wanted(prompt, lambda q, k: reference(q, k, policy))
 
 
+@pytest.mark.parametrize("room", [0, 3, 17, 10_000])
+def test_time_pays_for_the_blocks_of_largest_share(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is always seen: one threshold for a head, and no more blocks than paid for."""
+    m, n, heads = 650, 1100, 4
+    rates, spent = (0.25, 2.0**-20), 0.5
+    monkeypatch.setattr(time_budget, "attending", lambda *_: rates)
+    monkeypatch.setattr(time_budget, "selecting", lambda *_: spent)
+    pairs = heads * 128 * (128 * room + int(bands(m, n).sum()))
+    policy = SlashVerticalHorizontal(seconds=sum((rates[0], spent, rates[1] * pairs)), sinks=1, window=2, last=1)
+    prompt = gaussian(4, m, n, sharp=4.0)
+    where, q, k = places(m, n), prompt.q * prompt.scale, prompt.k
+    found = lines(policy, prompt)
+    for head in range(heads):
+        mine = found[head * len(where) : (head + 1) * len(where)]
+        shares = modelled(*fitted(*map(torch.from_numpy, (q[head : head + 1], k[head // 2 : head // 2 + 1])), 1.0),
+            distances(m, n, torch.device("cpu")), (n - m) % 128)[0].numpy()  # fmt: skip
+        older = [(i, J) for i, place in enumerate(where) for J in range(place.own)]
+        forced = {(i, J) for i, J in older if J < 1 or where[i].own - J < 2 or i == len(where) - 1}
+        others = sorted((x for x in older if x not in forced), key=lambda x: -shares[x])
+        wanted = forced | set(others[: max(room - len(forced), 0)])
+        assert {(i, J) for i, line in enumerate(mine) for J in line.blocks} == wanted
+
+
+def test_more_time_lists_more_and_none_lists_what_is_always_seen() -> None:
+    prompt = gaussian(1, 700, 700, d=64)
+    prompt = Prompt(*(part.astype(np.float32) for part in prompt))
+    least, much = (lines(SlashVerticalHorizontal(seconds=x, last=0), prompt) for x in (1e-9, 1e3))
+    where = places(700, 700) * 4
+    assert [line.blocks for line in least] == [
+        {J for J in range(place.own) if J < 1 or place.own - J < 2} for place in where
+    ]
+    assert [line.blocks for line in much] == [set(range(place.own)) for place in where]
+    assert SlashVerticalHorizontal(seconds=1.0).tighter(1 << 20) is None
+
+
 def additive(n: int) -> tuple[Prompt, np.ndarray]:
     """Scores that are a function of the distance and one of the key alone, and these scores."""
     turns = 2 * np.pi * np.arange(n)[:, None] * np.array([3, 7, 11, 20]) / n
@@ -101,7 +139,10 @@ def test_dropping_more_only_drops_and_forced_blocks_stay(seed: int, one: float, 
         assert i % 4 < 3 or b.blocks == set(range(place.own))
 
 
-@pytest.mark.parametrize("given", [{"dropped": 1}, {"dropped": -0.1}, {"sinks": -1}, {"window": 0}, {"last": -1}])
+BAD = [{"dropped": 1}, {"dropped": -0.1}, {"sinks": -1}, {"window": 0}, {"last": -1}, {"seconds": 0.0}]
+
+
+@pytest.mark.parametrize("given", BAD)
 def test_settings_out_of_range_are_refused(given: dict[str, float]) -> None:
     with pytest.raises(ArgumentError, match="must be"):
         SlashVerticalHorizontal(**given)  # type: ignore[arg-type]
