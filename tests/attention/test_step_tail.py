@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import t as student
 
 from attention import DecodeSession, Dense, decode
 from attention.chosen_numba import chosen
@@ -40,7 +39,7 @@ def test_samples_are_unbiased(selector: DecodeSelector) -> None:
     """36 means of 1,500 draws; one that is right lies 5 standard errors off once in 1.7 million cases, about."""
     made, draws = cache(1, 90), 1500
     many = together(*[made] * draws)
-    lists = StepTail(selector, sampled=7).begin(many.k, many.v, None, many.scale, draws).choose(*many)
+    lists = StepTail(selector, sampled=8).begin(many.k, many.v, None, many.scale, draws).choose(*many)
     output, lse = chosen(*many, lists, many.scale)
     totals = np.exp(lse).reshape(draws, 4)
     vectors = output.reshape(draws, 4, 8) * totals[:, :, None]
@@ -86,55 +85,62 @@ def test_drawing_all_that_is_left_is_dense_attention_and_says_so(selector: Decod
     assert (found.counters.reported == 90).all()
 
 
-def test_bounds_are_what_they_are_said_to_be() -> None:
-    made = cache(4, 200, group=3)
-    tail = StepTail(TokenSelect(k=8, sinks=2, window=6), sampled=20, confidence=0.9)
-    state = begun(tail, made)
-    lists = state.choose(*made)
-    output, lse = chosen(*made, lists, made.scale)
-    bounds = state.bounds(Attended(*made, *(torch.from_numpy(x) for x in (output, lse))))
-    assert bounds is not None and bounds.confidence == 0.9
-    shown, plain = sets(lists, 6), listed(tail.selector, made)
-    for x in range(6):
-        weights, values, _ = exact(made, x)
-        drawn = sorted(shown[x] - plain[x])
-        rest, b = 200 - len(plain[x]), len(drawn)
-        total = math.exp(lse[x])
-        factor = rest * math.sqrt((1 - b / rest) / b)
-        error = factor * weights[drawn].std(ddof=1)
-        left = rest * weights[drawn].mean()
-        upper = left + student.ppf(0.9, b - 1) * error
-        assert bounds.dropped_mass[x].item() == pytest.approx(upper / (total - left + upper), rel=1e-4)
-        two = student.ppf(0.95, b - 1)
-        least = max(total - two * error, total - left + weights[drawn].sum())
-        wanted = max(math.log1p(two * error / total), math.log(total / least))
-        assert bounds.lse_error[x].item() == pytest.approx(wanted, rel=1e-4)
-        moved = weights[drawn][:, None] * (values[drawn] - output[x])
-        spread = math.sqrt(((moved - moved.mean(axis=0)) ** 2).sum() / (b - 1))
-        assert bounds.output_error[x].item() == pytest.approx(two * factor * spread / total, rel=1e-4)
+def spread_out(sharp: float) -> Cache:
+    """Weights that are log-normal, nearly."""
+    return cache(5, 400, sharp=sharp)
 
 
-def test_bounds_hold_about_as_often_as_stated() -> None:
-    """Of 1,200 rows that depend on each other in fours; a bound that holds for 95 % holds for 92 % at least."""
-    made, mass = cache(5, 400, sharp=1.0), np.empty(4)
+def two_kinds() -> Cache:
+    """Light keys, and a tenth of them heavier by a factor of e: few draws may meet none of those."""
+    q, k, v = cache(5, 400)
+    k[:] = 0.0
+    k[:, ::10, 0] = math.sqrt(k.shape[2])
+    q[:] = 0.0
+    q[:, 0] = 1.0
+    return Cache(q, k, v)
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.99])
+@pytest.mark.parametrize("sampled", [16, 48])
+@pytest.mark.parametrize(
+    "made", [spread_out(1.0), spread_out(2.0), spread_out(3.0), two_kinds()], ids=["even", "skewed", "heavy", "two"]
+)
+def test_bounds_hold_as_often_as_stated(made: Cache, sampled: int, confidence: float) -> None:
+    """Of 1,200 rows, draws that depend on each other in fours: three standard errors of the share of failures."""
+    mass, draws = np.empty(4), 300
     true = decode(made.q[:, None].numpy(), HSRIndex(made.k.numpy()), made.v.numpy(), policy=Dense())
     for x, line in enumerate(listed(TopOracle(40), made)):
         weights, _, _ = exact(made, x)
         mass[x] = 1 - weights[list(line)].sum() / weights.sum()
-    q, k, v = (torch.stack([x] * 300) for x in made)
-    found = DecodeSession(k, v, policy=StepTail(TopOracle(40), sampled=48)).attend(q[:, :, None])
+    q, k, v = (torch.stack([x] * draws) for x in made)
+    tail = StepTail(TopOracle(40), sampled=sampled, confidence=confidence)
+    found = DecodeSession(k, v, policy=tail).attend(q[:, :, None])
     errors, sure = np.linalg.norm(found.output[:, :, 0].numpy() - true.output[:, 0], axis=2), found.certificate
     held = np.stack(
         [
             errors <= sure.output_error[..., 0],
-            np.abs(found.lse - true.lse)[..., 0] <= sure.lse_error[..., 0],
+            np.abs(found.lse - true.lse)[..., 0] <= sure.lse_error[..., 0] + 1e-6,
             mass <= sure.dropped_mass[..., 0],
         ],
         axis=2,
     )
-    assert (held.mean(axis=(0, 1)) >= 0.92).all()
-    assert sure.output_error.max() < 8 * errors.mean()  # and are of the size of the errors
-    assert (sure.dropped_mass[..., 0] < 2 * mass).all() and (sure.relative_error > 0).all()
+    assert (held.mean(axis=(0, 1)) >= confidence - 3 * math.sqrt(confidence * (1 - confidence) / draws)).all()
+    assert (sure.dropped_mass[..., 0].mean(axis=0) < 1.0).all(), "a bound that is always 1 is none"
+
+
+@pytest.mark.parametrize("size", [1e2, 3e3, 1e4, 1e10])
+def test_large_scores_leave_bounds_that_hold(size: float) -> None:
+    """All keys alike: a tenth of the mass is listed, whatever the scores' size."""
+    q, k, v = cache(7, 200)
+    k[:] = k[:, :1]
+    q, k = (size**0.5 * x for x in (q, k))
+    found = DecodeSession(k, v, policy=StepTail(TopOracle(20), sampled=20)).attend(q[:, None])
+    true = decode(q[:, None].numpy(), HSRIndex(k.numpy()), v.numpy(), policy=Dense())
+    sure = found.certificate
+    assert (sure.dropped_mass >= 0.9 - 1e-6).all()
+    assert not np.isnan(sure.output_error).any() and not np.isnan(sure.lse_error).any()
+    off = np.linalg.norm(found.output.numpy() - true.output, axis=2)
+    assert (off <= sure.output_error).mean() >= 0.5
 
 
 def left_out_means(made: Cache, tail: StepTail) -> tuple[list[np.ndarray], np.ndarray]:
@@ -232,14 +238,14 @@ class Weighted(DecodeSelector, Steps):
     ("settings", "message"),
     [
         ({}, "either sampled or means must stand for the rest; got 0, False"),
-        ({"sampled": 4, "means": True}, "either sampled or means must stand for the rest; got 4, True"),
-        ({"sampled": 1}, "sampled must be at least 2, so that the draws show their spread, or 0; got 1"),
+        ({"sampled": 8, "means": True}, "either sampled or means must stand for the rest; got 8, True"),
+        ({"sampled": 7}, "sampled must be at least 8, so that the draws show their spread, or 0; got 7"),
         ({"sampled": -1}, "sampled must be at least 0; got -1"),
         ({"means": 16}, "means must be True or False; got 16"),
         ({"means": True, "block": 0}, "block must be at least 1; got 0"),
-        ({"sampled": 4, "seed": -1}, "seed must be in"),
-        ({"sampled": 4, "confidence": 0.7}, r"confidence must be in \[0.8, 1.0\); got 0.7"),
-        ({"sampled": 4, "selector": Dense()}, r"selector must be a decode selector; got Dense\(\)"),
+        ({"sampled": 8, "seed": -1}, "seed must be in"),
+        ({"sampled": 8, "confidence": 0.7}, r"confidence must be in \[0.8, 1.0\); got 0.7"),
+        ({"sampled": 8, "selector": Dense()}, r"selector must be a decode selector; got Dense\(\)"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
