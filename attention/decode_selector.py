@@ -77,8 +77,8 @@ class DecodeSelector(ABC):
         """
 
     @abstractmethod
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
-        """Bytes read in a step, for each key-value head, to choose among n keys; attention itself not counted."""
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
+        """Bytes read in a step to choose, for a group's heads, among a key-value head's n keys, without attention's."""
 
     @classmethod
     @abstractmethod

@@ -140,8 +140,8 @@ def is_shared(candidate: Any) -> bool:
 
 
 def is_stepwise(candidate: Any) -> TypeGuard[Stepwise]:
-    """Whether it chooses keys for one decode step at a time."""
-    return isinstance(candidate, Stepwise)
+    """Whether it chooses keys for one decode step at a time; the class of such a policy does not."""
+    return isinstance(candidate, Stepwise) and not isinstance(candidate, type)
 
 
 def _checked(q: Any, index: HSRIndex) -> np.ndarray:

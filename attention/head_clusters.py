@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +102,9 @@ class HeadClusters:
         if not place.is_file():
             raise ArgumentError(f"path must name a file that save wrote; got {place}, which is not there")
         try:
-            with np.load(place, allow_pickle=False) as file:
+            with place.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 labels = file["labels"]
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ArgumentError(f"path must name a file that save wrote; got {place}: {error}") from error
         if labels.ndim != 2 or labels.dtype != np.int64:
             raise ArgumentError(

@@ -21,10 +21,10 @@ WORD = 0xFFFFFFFF  # of the numbers that the draws come from
 class ListTail(ListMaker):
     """The lists of another selector, and with them something of all eligible keys that it does not list.
 
-    ``sampled=b``: b of a line's r remaining keys, each with the chance ``b / r``, and weighed by ``r / b``: sums of
-    weights and of weighted values are unbiased over seeds, for every row and any keys (their ratio, the output, is so
-    up to ``1 / b``).  Where at most b remain they are all listed, with weight 1.  The draw is systematic, every
-    ``r / b``-th key from one random start on, so that it is spread over the prompt.
+    ``sampled=b``: b of a line's r remaining keys, each with the chance ``b / r``, and weighed by ``r / b``.  Where no
+    mean stands for some, sums of weights and of weighted values are unbiased over seeds, for every row and any keys
+    (their ratio, the output, is so up to ``1 / b``).  Where at most b remain they are all listed, with weight 1.  The
+    draw is systematic, every ``r / b``-th key from one random start on, so that it is spread over the prompt.
 
     ``means=True``: every block of which no key is listed is stood for by its mean key and mean value, 128-fold.  By
     Jensen's inequality that never has more weight than its keys, and on blocks whose keys differ much it has far less.
@@ -40,7 +40,7 @@ class ListTail(ListMaker):
         seed: of the draws, 0 .. 2**63 - 1.  Give layers different seeds, so that their errors are independent.
 
     Raises:
-        ArgumentError: no selector, neither a sample nor means, or a value out of range.
+        ArgumentError: no selector, or one that is a tail; neither a sample nor means, or a value out of range.
 
     Source: systematic sampling (Madow 1949; Horvitz & Thompson 1952); means as in arXiv 2608.19758.
     """
@@ -53,6 +53,8 @@ class ListTail(ListMaker):
     def __post_init__(self) -> None:
         if not isinstance(self.selector, ListMaker):
             raise ArgumentError(f"selector must make lists, as those of attention.selectors; got {self.selector!r}")
+        if isinstance(self.selector, ListTail):
+            raise ArgumentError(f"selector must leave keys out, which {self.selector!r} makes up for")
         checks.whole("sampled", self.sampled, 0)
         if not isinstance(self.means, bool):
             raise ArgumentError(f"means must be True or False; got {self.means!r}")

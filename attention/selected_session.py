@@ -28,6 +28,9 @@ def refuses(*, plan: Plan, **call: object) -> str | None:
 class SelectedSession:
     """See `attention.DecodeSession`; one query a head and step, nothing is evicted.
 
+    Of a result's counters, ``reported`` counts keys and means attended to; what is read to choose them the selector's
+    ``bytes_read`` says, so that ``scanned`` is the same and ``visited`` 0.
+
     Certificates are of the kind "none", or what the selector says (`attention.decode_selector.Bounds`).
 
     On a CPU, float16 and bfloat16 are held as float32, exactly.  On a GPU they stay as they are, d is 64, 128 or 256
@@ -124,7 +127,7 @@ class SelectedSession:
 
     def _lists(self, rows: torch.Tensor) -> TokenLists:
         lists: TokenLists = self._steps.choose(rows, self._keys.rows, self._values.rows)
-        check_shapes(lists, len(rows), len(self._keys.rows))
+        check_shapes(lists, len(rows), len(self._keys.rows), (self._d, self._dv))
         return lists
 
     def _row(self, name: str, q: Any) -> torch.Tensor:

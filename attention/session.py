@@ -51,6 +51,8 @@ class DecodeSession:
             self._far = choose("session", "selected", device=device, plan=self._plan)(k, v, self._plan, queries, method)
             return
         if device != "cpu":
+            if method != "auto":
+                raise ArgumentError(f"method must be 'auto' on {device}, where the table chooses; got {method!r}")
             self._far = preferred("session", device=device, plan=self._plan)(k, v, self._plan)
             return
         keys, values = fold("k", k), Values(fold("v", v))

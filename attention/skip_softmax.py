@@ -99,8 +99,10 @@ class SkipSoftmax:
         """A quarter of lambda; None where little is left to drop."""
         if math.exp(self.level(n)) * n <= LEAST:
             return None
-        given = {name: x / 4 for name, x in vars(self).items() if x is not None}
-        return dataclasses.replace(self, **given)
+        if self.factor is not None:
+            return dataclasses.replace(self, factor=min(self.factor, n) / 4)
+        assert self.threshold is not None
+        return dataclasses.replace(self, threshold=self.threshold / 4)
 
     def visited(self, edges: np.ndarray) -> np.ndarray:
         """No code is looked at."""

@@ -56,9 +56,8 @@ class Level:
         group = len(shares) // len(self.sizes)
         if self.threshold is None:
             sizes = self.sizes.repeat_interleave(group, 0)[:, None].expand_as(shares)
-            return shares > quantile(shares.flatten(0, 1), sizes.flatten(0, 1), self.sparsity).view(
-                *shares.shape[:2], 1
-            )
+            level = quantile(shares.flatten(0, 1), sizes.flatten(0, 1), self.sparsity).view(*shares.shape[:2], 1)
+            return shares > level
         return shares > self.threshold.repeat_interleave(group)[:, None, None]
 
     def members(self, passed: torch.Tensor) -> torch.Tensor:
@@ -175,6 +174,9 @@ class SqueezedPrefix:
         try:
             with os.fdopen(handle, "wb") as file:
                 np.savez(file, **arrays)
+            mask = os.umask(0)
+            os.umask(mask)
+            Path(temporary).chmod(0o666 & ~mask)  # as of any new file: temporary ones are private
             Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

@@ -32,7 +32,8 @@ class StepTail(DecodeSelector):
     the errors of output and log-sum-exp.  The bounds are Student's, with Johnson's term for the weights' skewness, and
     count one key more as drawn, as heavy as the lightest listed one, because heavy keys are what few draws miss.  With
     the oracle's lists they held more often than stated for all weights that were tried.  Where a selector leaves out
-    keys heavier than the lightest it lists, and few of them, the bounds hold less often than stated.
+    keys heavier than the lightest it lists, and few of them, the bounds hold less often than stated.  On a GPU they do
+    not cover that weights are rounded to the values' dtype: 2^-11 or 2^-8 of the largest value, at most.
 
     ``means=True`` cuts keys into blocks; of each block one pseudo key stands for the keys left out, with their number
     as weight: the mean of the keys, and of the values, that no head of the group lists, or where there are none of the
@@ -90,9 +91,10 @@ class StepTail(DecodeSelector):
             return _BlockMeans(self, steps, k, v)
         return _Sample(self, steps, k.device, scale)
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
-        """What the selector reads; the tail's random numbers and sums of blocks are not counted."""
-        return self.selector.bytes_read(n, d, itemsize)
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
+        """What the selector reads, and the sums of blocks' keys; random numbers are not counted."""
+        sums = -(-n // self.block) * d * itemsize if self.means else 0
+        return self.selector.bytes_read(n, d, itemsize, group) + sums
 
 
 def _plain(settings: StepTail, steps: Steps, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> TokenLists:

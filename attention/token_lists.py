@@ -116,13 +116,21 @@ def check(lists: TokenLists, heads: int, groups: int, n: int) -> None:
         raise ArgumentError("tokens must name a key once in a line; got one more than once")
 
 
-def check_shapes(lists: TokenLists, heads: int, groups: int) -> None:
-    """What `check` can tell without reading the lists; ArgumentError likewise."""
+def check_shapes(lists: TokenLists, heads: int, groups: int, widths: tuple[int, int] | None = None) -> None:
+    """What `check` can tell without reading the lists, and of means of these widths (d, dv); ArgumentError likewise."""
+    if lists.tokens.ndim != 2:
+        raise ArgumentError(f"tokens must be (lines, width); got {tuple(lists.tokens.shape)}")
     L = len(lists.tokens)
     if L not in (heads, groups) or lists.counts.shape != (L,):
         raise ArgumentError(f"lists must be {heads} or {groups} lines; got {L} of {tuple(lists.counts.shape)} counts")
     if lists.tokens.dtype != torch.int32 or lists.counts.dtype != torch.int32:
         raise ArgumentError(f"lists must be int32; got {lists.tokens.dtype} and {lists.counts.dtype}")
+    if lists.means is not None:
+        d, dv = widths or (lists.means.keys.shape[-1], lists.means.values.shape[-1])
+        C = lists.means.keys.shape[1]
+        for name, part, width in (("means.keys", lists.means.keys, d), ("means.values", lists.means.values, dv)):
+            if tuple(part.shape) != (groups, C, width):
+                raise ArgumentError(f"{name} must be {(groups, C, width)}; got {tuple(part.shape)}")
     for name, found, wanted in _weights(lists):
         if found.dtype != torch.float32 or tuple(found.shape) != wanted:
             raise ArgumentError(f"{name} must be {wanted} float32; got {tuple(found.shape)} {found.dtype}")

@@ -79,15 +79,23 @@ def decoded(prompt: Prompt, known: Exact, policy: Any) -> Iterator[Step]:
     for t in range(n, n + STEPS):
         taken, result = seconds(partial(_step, session, *(part[:, t : t + 1] for part in prompt)))
         output, lse = torch.as_tensor(result.output), torch.as_tensor(result.lse)
-        reported = torch.as_tensor(result.counters.reported).double()
+        reported = torch.as_tensor(result.counters.reported).double()  # (h, 1)
         kept = seen.take()
-        mass, union = None, float(reported.max())
+        mass, rows = None, float(reported.view(len(k), -1).amax(1).mean())  # read of keys, and of values
+        values = rows
         if kept is not None:
-            probability = known.probability[:, t - n, : kept.shape[1]]
-            mass = float((probability * kept.repeat_interleave(len(q) // len(kept), 0)).sum(1).mean())
-            union = float(kept.view(len(k), -1, kept.shape[1]).any(1).sum(1).double().mean())
-        read = choosing(policy, result.counters, t + 1, k.shape[2]) + 2 * HALF * k.shape[2] * union
+            probability = known.probability[:, t - n, : kept.mask.shape[1]]
+            mass = float((probability * kept.mask.repeat_interleave(len(q) // len(kept.mask), 0)).sum(1).mean())
+            rows = union(kept.mask, len(k))
+            values = rows + (0.0 if kept.means is None else union(kept.means, len(k)))  # mean keys chose
+        attended = (rows + values) * HALF * k.shape[2]
+        read = attended + choosing(policy, result.counters, t + 1, k.shape[2], len(k))
         yield Step(taken, output, lse, mass, float(reported.mean()) / (t + 1), read)
+
+
+def union(marks: torch.Tensor, groups: int) -> float:
+    """Entries (L, n) that any query head of a key-value head has: mean over those heads."""
+    return float(marks.view(groups, -1, marks.shape[1]).any(1).sum(1).double().mean())
 
 
 def _step(session: DecodeSession, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
@@ -95,17 +103,20 @@ def _step(session: DecodeSession, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     return session.attend(q)
 
 
-def choosing(policy: Any, counters: Any, n: int, d: int) -> float:
+def choosing(policy: Any, counters: Any, n: int, d: int, groups: int) -> float:
     """Bytes read to choose, for a key-value head: by the method's account, codes, or an index's int8 codes and keys.
 
-    Keys that were read to decide about them and are attended to are read once.
+    An index's keys that were read to decide about them and are attended to are read once; the others' sum over a
+    group's heads stands for their union.
     """
+    scanned, visited, reported = (
+        torch.as_tensor(part).double().view(groups, -1)
+        for part in (counters.scanned, counters.visited, counters.reported)
+    )
     if isinstance(policy, DecodeSelector):
-        return policy.bytes_read(n, d, HALF)
+        return policy.bytes_read(n, d, HALF, scanned.shape[1])
     code = getattr(policy, "bytes_per_key", None)
     if code is not None:
         return float(n * code)
-    visited, scanned, reported = (
-        float(torch.as_tensor(part).double().mean()) for part in (counters.visited, counters.scanned, counters.reported)
-    )
-    return visited * d + max(scanned - reported, 0.0) * HALF * d
+    refused = (scanned - reported).clamp(min=0).sum(1).clamp(max=n)
+    return float(visited.amax(1).mean()) * d + float(refused.mean()) * HALF * d

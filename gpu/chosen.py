@@ -125,9 +125,9 @@ def chosen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `attention.chosen_reference.chosen`; float16 or bfloat16, output likewise, log-sum-exp float32.
 
-    Rows of queries, keys and values are contiguous, other strides anything.  Nothing waits for the GPU.
+    Rows of keys and values are contiguous, other strides anything.  Nothing waits for the GPU.
     """
-    (H, d), L = q.shape, len(lists.tokens)
+    (H, d), L, q = q.shape, len(lists.tokens), _lined(q)
     lines, heads = L // len(k), H // L
     means, tokens, counts = lists.means, _lined(lists.tokens), lists.counts.contiguous()
     weights = None if lists.log_weights is None else _lined(lists.log_weights)
@@ -152,7 +152,7 @@ def chosen(
 
 
 def _lined(x: torch.Tensor) -> torch.Tensor:
-    """With contiguous rows, as lists and means nearly always have them."""
+    """With contiguous rows, as queries, lists and means nearly always have them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

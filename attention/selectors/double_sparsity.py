@@ -66,7 +66,7 @@ class DoubleSparsity(DecodeSelector):
         chosen = strength.topk(min(self.channels, k.shape[2]), sorted=False).indices  # (G, r)
         return (_Codes if self.codes else _Labels)(self.budget, chosen, k)
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
         """A label of every key; with codes two a byte, and two float32 for their range."""
         channels = min(self.channels, d)
         return n * (8 + -(-channels // 2)) if self.codes else n * channels * itemsize

@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 
+from attention.clusters import unit
 from attention.decode_selector import DecodeSelector, Steps
 from attention.draws import gaussians
 from attention.estimates import LARGEST, products, wide
@@ -25,10 +26,10 @@ class MagicPIG(DecodeSelector):
     numerator and denominator are unbiased over the directions; one draw of them serves a whole session.  First and last
     tokens are listed as they are.
 
-    Published code keeps every generated token beside its buffer of 256; here they are hashed too, 256 at a time, about
-    the mean of the prompt's keys, once they have left the window.  It finds collisions in sorted tables, where here the
-    hashes of all keys are compared, and angles, which matter of listed keys alone, are taken of all.  Layers that it
-    leaves dense are the caller's to leave.
+    Published code keeps every generated token beside its buffer of 256; here they are hashed too, 256 at a time, once
+    they have left the window, about the mean of those that had when the session began (0 where none had).  It finds
+    collisions in sorted tables, where here the hashes of all keys are compared, and angles, which matter of listed keys
+    alone, are taken of all.  Layers that it leaves dense are the caller's to leave.
 
     Args:
         planes: K, random directions of a table, in 1..15; 10.
@@ -68,7 +69,7 @@ class MagicPIG(DecodeSelector):
         """See `DecodeSelector`."""
         return MagicPIGSteps(self, k)
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
         """Hashes of two bytes; a listed key's angle follows from its score, which attention makes."""
         return 2.0 * self.tables * max(0, n - self.sinks - self.recent)
 
@@ -132,8 +133,9 @@ class MagicPIGSteps(Steps):
     def _log_chances(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """q (H, d), keys (G, n, d) with hashes -> ln p, (H, n) float64."""
         centred = k.to(self.middle.dtype) - self.middle
-        lengths = q.double().norm(dim=1)[:, None] * centred.double().norm(dim=2).repeat_interleave(len(q) // len(k), 0)
-        cosines = products(q[:, None].to(centred.dtype), centred)[:, 0].double() / lengths.clamp(min=1e-300)
+        cosines = products(unit(q.to(centred.dtype))[:, None], unit(centred))[:, 0].double()
+        zero = ~q.any(1, keepdim=True) & ~centred.any(2).repeat_interleave(len(q) // len(k), 0)
+        cosines = torch.where(zero, 1.0, cosines)  # both have no sign above 0, and agree in every table
         return log_chance(cosines.clamp(-1, 1), self.settings.planes, self.settings.tables)
 
 

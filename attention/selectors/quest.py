@@ -54,7 +54,7 @@ class Quest(DecodeSelector):
         """See `DecodeSelector`."""
         return _Pages(self, k)
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
         """Two bounds a channel of every page."""
         return 2 * -(-n // self.page) * d * itemsize
 

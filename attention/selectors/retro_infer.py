@@ -79,7 +79,7 @@ class RetroInfer(DecodeSelector):
         """See `DecodeSelector`."""
         return RetroInferSteps(self, k, v, scale)
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
         """Mean keys and sizes of the clusters; mean values are attention's to read."""
         clustered = max(0, n - self.sinks - self.recent)
         return clustered / self.cluster * (d * max(4, itemsize) + 4)

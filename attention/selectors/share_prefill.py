@@ -49,11 +49,11 @@ class PivotalPatterns:
             raise ArgumentError(
                 f"patterns must be new for every prompt, whose layers come in order; got layer {layer} after {last}"
             )
-        self._found.pop(layer, None)
-        if self._found and prompt != self._prompt:
+        if self._found.keys() - {layer} and prompt != self._prompt:
             raise ArgumentError(
                 f"patterns must be of one prompt (sequences, rows, keys, device), {self._prompt}; got {prompt}"
             )
+        self._found.pop(layer, None)
         self._prompt = prompt
         return {cluster: pattern for found in self._found.values() for cluster, pattern in found.items()}
 

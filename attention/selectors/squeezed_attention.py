@@ -77,7 +77,9 @@ class PrefixClusters:
         if not keys.shape[1]:
             return None
         found = SqueezedPrefix(self._levels(keys), k.shape[1])
-        return found if queries is None else found.calibrated(queries[:, -self.window :], scale, batch)
+        if queries is None:
+            return found
+        return found.calibrated(queries[:, max(0, queries.shape[1] - self.window) :], scale, batch)
 
     def means_read(self, n: int) -> float:
         """Mean keys that a step reads of n tokens."""
@@ -155,7 +157,7 @@ class SqueezedAttention(DecodeSelector):
         """
         return SqueezedAttentionSteps(self.index.prefix(k, queries, scale, batch), scale)
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
         """Mean keys and sizes of the clusters of all n tokens, or of an index that was made before."""
         return self.index.means_read(n) * (d * max(4, itemsize) + 4)
 
@@ -172,8 +174,8 @@ class SqueezedAttentionSteps(Steps):
         """Nothing is held of tokens after the prefix."""
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> TokenLists:
-        """A list for each head."""
+        """A list for each head; of all tokens where it would be of none."""
         keep = torch.ones(len(q), k.shape[1], dtype=torch.bool, device=k.device)
         if self.index is not None:
             keep[:, : self.index.clustered] = self.index.kept(q[:, None], self.scale)[:, 0]
-        return TokenLists.from_mask(keep)
+        return TokenLists.from_mask(keep | ~keep.any(1, keepdim=True))

@@ -85,12 +85,13 @@ class Tactic(DecodeSelector):
         steps.append(k, v)
         return steps
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
-        """Mean keys and sizes of clusters, and the keys that are scored."""
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
+        """Mean keys and sizes of clusters, and the keys that each head scores, all of them others at worst."""
         if n < self.dense_below:
             return 0.0
         scored = self.spans(n)
-        return n / self.cluster * (d * max(4, itemsize) + 4) + (scored.head + 2 * scored.width) * d * itemsize
+        keys = min(n, group * (scored.head + 2 * scored.width))
+        return n / self.cluster * (d * max(4, itemsize) + 4) + keys * d * itemsize
 
     def spans(self, n: int) -> Spans:
         """Which places of the list of n >= 128 keys are scored."""

@@ -66,7 +66,7 @@ class TokenSelect(DecodeSelector):
         """See `DecodeSelector`."""
         return _Votes(self, scale, batch)
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
         """The keys in the middle."""
         return max(n - self.sinks - self.window, 0) * d * itemsize
 
@@ -101,7 +101,7 @@ class _Votes(Steps):
     def _votes(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Of each sequence, on the keys in the middle: (B, n - sinks - window)."""
         middle = k[:, self._settings.sinks : k.shape[1] - self._settings.window]
-        shares = (products(q[:, None], middle)[:, 0] * self._scale).softmax(1)
+        shares = products(q[:, None] * self._scale, middle)[:, 0].softmax(1)
         votes = shares.unflatten(0, (self._batch, -1)).sum(1)
         pool = self._settings.pool
         return torch.nn.functional.max_pool1d(votes[:, None], pool, 1, pool // 2)[:, 0] if pool > 1 else votes

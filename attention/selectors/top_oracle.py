@@ -45,7 +45,7 @@ class TopOracle(DecodeSelector):
         """See `DecodeSelector`."""
         return _Scores(self.r)
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
         """Every key."""
         return n * d * itemsize
 

@@ -73,7 +73,7 @@ class VAttention(DecodeSelector):
         """See `DecodeSelector`; there is nothing to build."""
         return VAttentionSteps(self, scale)
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
         """Every key."""
         return float(n * d * itemsize)
 
@@ -90,7 +90,7 @@ class VAttentionSteps(Steps):
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> TokenLists:
         """A list for each head."""
-        scores = products(q[:, None], k)[:, 0].double() * self.scale
+        scores = products(q[:, None] * self.scale, k)[:, 0].double()
         kept, rest = self._kept(scores)
         if rest == 0:
             return TokenLists.from_mask(kept)

@@ -61,7 +61,9 @@ def test_a_file_keeps_them(tmp_path: Path) -> None:
     assert (clusters.layers, clusters.heads) == (2, 3)
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "other", "floats", "name", "labels", "pickled"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "text", "empty", "cut", "array", "other", "floats", "name", "labels", "pickled"]
+)
 def test_other_files_are_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("clusters.txt" if kind == "name" else "clusters.npz")
     contents = {
@@ -74,6 +76,13 @@ def test_other_files_are_refused(tmp_path: Path, kind: str) -> None:
         np.savez(path, **contents[kind])
     elif kind == "text":
         path.write_text("no archive")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "cut":
+        path.write_bytes(b"PK\x03\x04 and no more")
+    elif kind == "array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros((2, 2), np.int64))
     with pytest.raises(ArgumentError, match=r"labels\[0\]\[0\] must" if kind == "labels" else "path must"):
         HeadClusters.load(path)
 

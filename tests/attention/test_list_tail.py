@@ -209,3 +209,8 @@ def test_made_lists_are_checked_by_what_the_tests_use() -> None:
     )
     with pytest.raises(ArgumentError, match="tokens must name each key once"):
         check(broken, *prompt.shape)
+
+
+def test_a_tail_of_a_tail_would_count_twice() -> None:
+    with pytest.raises(ArgumentError, match="selector must leave keys out, which ListTail"):
+        ListTail(ListTail(NOTHING, sampled=9), sampled=9)

@@ -173,7 +173,7 @@ class Wrong(DecodeSelector, Steps):
     def begin(self, k: Any, v: Any, queries: Any, scale: float, batch: int = 1) -> Steps:
         return self
 
-    def bytes_read(self, n: int, d: int, itemsize: int) -> float:
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
         return 0.0
 
     def append(self, k: Any, v: Any) -> None:

@@ -147,9 +147,11 @@ def test_what_a_threshold_of_nothing_and_of_one_do(seed: int, one: float, other:
     dense, nothing = (prefill(*prompt, policy=policy) for policy in (Dense(), SkipSoftmax(0.0)))
     assert np.allclose(dense.output, nothing.output, atol=1e-12) and nothing.certificate.kind == "exact"
     assert nothing.certificate.output_error.max() < 1e-9 and (nothing.densities == 1).all()
-    for threshold in (one, other):
-        bound = prefill(*prompt, policy=SkipSoftmax(threshold)).certificate.output_error
-        assert bound.max() <= 2 * 400 * threshold * np.linalg.norm(prompt.v, axis=2).max() * 2 + 1e-9
+    low, high = (prefill(*prompt, policy=SkipSoftmax(10.0 ** -(8 * x))) for x in sorted((one, other), reverse=True))
+    assert (low.certificate.dropped_mass <= high.certificate.dropped_mass + 1e-12).all()
+    for x, found in ((max(one, other), low), (min(one, other), high)):
+        skipped = found.counters.scanned - found.counters.reported  # keys of a row
+        assert (found.certificate.dropped_mass <= skipped * 10.0 ** -(8 * x) * (1 + 1e-9)).all()
 
 
 @every
@@ -228,3 +230,12 @@ def test_what_it_does_not_serve_is_refused() -> None:
     with pytest.raises(ArgumentError, match="method must be one of numba, reference"):
         prefill(q, k, v, policy=SkipSoftmax(0.1), method="tree")
     assert callable(choose("skip_softmax", "numba"))
+
+
+def test_tighter_settings_of_a_factor_are_tighter_from_the_first() -> None:
+    policy: SkipSoftmax | None = SkipSoftmax(factor=9e9)
+    levels = []
+    while policy is not None:
+        levels.append(policy.level(400))
+        policy = policy.tighter(400)
+    assert (np.diff(levels) < -1.3).all() and len(levels) < 20

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.held_rows import HeldRows
-from attention.token_lists import Means, TokenLists, check
+from attention.token_lists import Means, TokenLists, check, check_shapes
 from hsr.errors import ArgumentError
 
 
@@ -95,3 +95,11 @@ def test_rows_grow_are_rewritten_and_leave_their_source_alone() -> None:
         held.put(t, torch.full((2, 1, 2), float(t)))
         copies += held.rows.data_ptr() != place
     assert copies <= 9 and held.rows[1, 7:, 1].tolist() == list(range(7, 1000))
+
+
+def test_means_must_be_of_the_caches_heads_and_widths() -> None:
+    tokens, counts = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    for keys, values in (((1, 3, 4), (2, 3, 8)), ((2, 3, 4), (2, 3, 2)), ((2, 2, 4), (2, 2, 7))):
+        lists = TokenLists(tokens, counts, None, Means(torch.zeros(keys), torch.zeros(values), torch.zeros(2, 3)))
+        with pytest.raises(ArgumentError, match=r"means\.(keys|values) must be \(2, [23], [48]\); got"):
+            check_shapes(lists, 2, 2, (4, 8))

@@ -120,8 +120,9 @@ def test_a_watched_policy_tells_exactly_the_keys_that_it_attends_to(policy: obje
     plain = DecodeSession(k, values, policy=policy, queries=q).attend(q)  # type: ignore[arg-type]
     found = DecodeSession(k, values, policy=seen.policy, queries=q).attend(q)
     assert torch.equal(found.output, plain.output)
-    mask = seen.take()
-    assert mask is not None
+    kept = seen.take()
+    assert kept is not None and kept.means is None
+    mask = kept.mask
     assert torch.equal(mask.repeat_interleave(h // len(mask), 0), found.output[:, 0] > 1e-7)
     assert seen.take() is None
 

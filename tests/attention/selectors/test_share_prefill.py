@@ -163,6 +163,7 @@ def test_one_prompt_leaves_nothing_to_another() -> None:
         lines(SHARING.at(0, patterns), second[0])
     with pytest.raises(ArgumentError, match="patterns must be of one prompt"):
         lines(SHARING.at(2, patterns), gaussian(5, 300, 1801))
+    assert sorted(patterns._found) == [0, 1, 2], "a refusal changes nothing"
     fresh = through(SHARING, second)
     assert fresh == through(SHARING, second) and fresh != through(SHARING, first)
     alone = [lines(SHARING.at(layer, PivotalPatterns()), prompt) for layer, prompt in enumerate(second)]

@@ -344,3 +344,10 @@ def test_settings_out_of_range_are_refused(name: str, value: object) -> None:
 def test_an_index_is_a_prefix_or_how_to_make_one() -> None:
     with pytest.raises(ArgumentError, match="index must be PrefixClusters or SqueezedPrefix; got int"):
         SqueezedAttention(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [1, 10, 21, 40])
+def test_no_window_still_lists_something(n: int) -> None:
+    made = cache(3, n)
+    lists = SqueezedAttention(PrefixClusters(window=0)).begin(made.k, made.v, None, made.scale).choose(*made[:3])
+    assert (lists.counts > 0).all()
