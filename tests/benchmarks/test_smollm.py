@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from attention.reference import dense
 from benchmarks import real_keys
 
 torch = pytest.importorskip("torch", reason="the model runs in torch")
-pytest.importorskip("transformers", reason="the model is transformers'")
+transformers = pytest.importorskip("transformers", reason="the model is transformers'")
+tokenizers = pytest.importorskip("tokenizers", reason="its tokenizer is one of theirs")
 smollm = pytest.importorskip("benchmarks.smollm", reason="the model's own packages")
 tiny_llama = pytest.importorskip("tests.tiny_llama")
 CONTEXT = tiny_llama.CONTEXT
@@ -77,3 +79,22 @@ def test_the_model_itself_is_stretched() -> None:
     assert (model.config.num_hidden_layers, model.config.max_position_embeddings) == (real_keys.LAYERS, 32768)
     assert float(rotary.inv_freq[-1]) == pytest.approx(1e5 ** (-62 / 64) / 4)
     assert len(smollm.essay_tokens(tokenizer, 131072)) == 131072
+
+
+def test_another_model_is_read_where_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that transformers can read: its model, its tokenizer, its layers; longer prompts stretch its RoPE."""
+    words = {"[UNK]": 0} | {f"w{i}": i for i in range(1, tiny_llama.VOCABULARY)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]")), unk_token="[UNK]"
+    )
+    model = tiny_llama.tiny_model()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setenv("HSR_MODEL", str(tmp_path))
+    found, reader = smollm.load_model()
+    ids = torch.arange(9)[None]
+    assert torch.equal(found(ids).logits, model(ids).logits)
+    assert reader.backend_tokenizer.encode("w7", add_special_tokens=False).ids == [7]
+    assert smollm.layer_count() == tiny_llama.LAYERS
+    longer, _ = smollm.load_model(4 * CONTEXT)
+    assert longer.config.rope_parameters["factor"] == 4
