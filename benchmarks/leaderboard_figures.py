@@ -1,6 +1,6 @@
 """Figures of the case ``leaderboard``: the error of every method against what it reads, attends to and takes.
 
-Lines join a method's settings, ours are drawn thick; the grey steps are the Pareto front: nothing lies below and left.
+A mark per setting, ours larger and with an edge; the grey steps are the Pareto front: nothing lies below and left.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def _panel(axis: Axes, rows: Sequence[Row], column: str) -> None:
         axis.plot(
             [row[column] for row in line],
             [row["rel_err"] for row in line],
-            linewidth=2.2 if line[0]["ours"] else 0.8,
-            linestyle="-" if line[0]["ours"] else "--",
+            linestyle="",
             marker=MARKS[place % len(MARKS)],
-            markersize=5,
+            markersize=8 if line[0]["ours"] else 5,
+            markeredgecolor="black" if line[0]["ours"] else "none",
             color=colours[place % len(colours)],
             label=method,
         )
