@@ -33,8 +33,8 @@ def sparsek(z: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
 
     tau is exact up to float64 rounding, whatever the dtype: the sum of the gates is linear between the 2 m points z_i
     and z_i - 1, which are sorted, O(m log m).  The gradient is exact: ``dp/dz = I - 1 1^T / |J|`` on the entries J with
-    ``0 < p < 1`` and zero elsewhere; an entry within rounding of 0 or 1, where z has a kink, may fall on either side.  k
-    is a whole number and gets no gradient.
+    ``0 < p < 1`` and zero elsewhere; an entry within rounding of 0 or 1, where z has a kink, may fall on either side.
+    k is a whole number and gets no gradient.
 
     Args:
         z: (..., m) float32 or float64, finite, m >= 1; any strides, leading axes may be empty.
