@@ -126,22 +126,27 @@ class Plan:
 
 def is_policy(candidate: Any) -> bool:
     """Whether softmax attention can choose its keys by it."""
-    return is_coded(candidate) or is_shared(candidate) or is_stepwise(candidate) or hasattr(candidate, "select")
+    return is_coded(candidate) or is_shared(candidate) or is_stepwise(candidate) or _says(candidate, "select")
 
 
 def is_coded(candidate: Any) -> TypeGuard[Coded]:
     """Whether it chooses keys by their codes."""
-    return bool(getattr(candidate, "coded", False))
+    return _says(candidate, "coded")
 
 
 def is_shared(candidate: Any) -> bool:
     """Whether it chooses keys for blocks of a prompt's rows together."""
-    return bool(getattr(candidate, "shared", False))
+    return _says(candidate, "shared")
 
 
 def is_stepwise(candidate: Any) -> TypeGuard[Stepwise]:
-    """Whether it chooses keys for one decode step at a time; the class of such a policy does not."""
-    return isinstance(candidate, Stepwise) and not isinstance(candidate, type)
+    """Whether it chooses keys for one decode step at a time."""
+    return _says(candidate, "steps")
+
+
+def _says(candidate: Any, what: str) -> bool:
+    """Whether a policy has a mark or method; a class of policies, which has it too, is none."""
+    return not isinstance(candidate, type) and bool(getattr(candidate, what, False))
 
 
 def _checked(q: Any, index: HSRIndex) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention.decode_selector import DecodeSelector
+from attention.decode_selector import DecodeSelector, Steps
 from attention.token_lists import TokenLists, check
 
 SIZES = (1, 2, 15, 16, 17, 130, 700)  # n
@@ -35,6 +35,23 @@ class Cache(NamedTuple):
         """A query (d,), scaled, and the keys (n, d) that it reads, float64."""
         g = x * len(self.k) // len(self.q)
         return self.scale * self.q[x].double().numpy(), self.k[g].double().numpy()
+
+
+class Stateless(DecodeSelector, Steps):
+    """A selector that knows nothing of the cache; what it chooses is left to the test."""
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return ()
+
+    def begin(self, k: Any, v: Any, queries: Any, scale: float, batch: int = 1) -> Steps:
+        return self
+
+    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
+        return 0.0
+
+    def append(self, k: Any, v: Any) -> None:
+        pass
 
 
 def cache(seed: int, n: int, g: int = 2, group: int = 2, d: int = 16, sharp: float = 2.0, dv: int = 8) -> Cache:

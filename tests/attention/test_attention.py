@@ -299,6 +299,7 @@ def test_bad_variants_are_refused(make: Any, message: str) -> None:
             {"policy": 0.01},
             r"policy must be Dense\(\), .* or Sampled\(eps\), or a decode selector of attention.selectors; got 0.01",
         ),
+        ({"policy": TopR}, r"policy must be Dense\(\), .* got <class"),
         ({"weight": ReLUPower(1, 0.0), "policy": TopR(3)}, "policy must be None for ReLUPower"),
         ({"scale": 0.0}, "scale must be in"),
         ({"scale": -1.0}, "scale must be in"),

@@ -11,12 +11,12 @@ import torch
 
 from attention import DecodeSession, Dense, ReLUPower, audit, decode, prefill
 from attention.chosen_reference import chosen
-from attention.decode_selector import DecodeSelector, Steps
 from attention.selectors import TopOracle
 from attention.token_lists import TokenLists
 from hsr import HSRIndex
 from hsr.backend import named
 from hsr.errors import ArgumentError, BackendUnavailable
+from tests.decode_selectors import Stateless
 
 ALL = TopOracle(10**6)
 
@@ -161,23 +161,10 @@ def test_a_refused_append_changes_nothing_and_nothing_is_evicted() -> None:
 
 
 @dataclass(frozen=True)
-class Wrong(DecodeSelector, Steps):
+class Wrong(Stateless):
     """Lists of a shape or dtype that fits nothing."""
 
     lists: TokenLists
-
-    @classmethod
-    def examples(cls) -> tuple[Wrong, ...]:
-        return ()
-
-    def begin(self, k: Any, v: Any, queries: Any, scale: float, batch: int = 1) -> Steps:
-        return self
-
-    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
-        return 0.0
-
-    def append(self, k: Any, v: Any) -> None:
-        pass
 
     def choose(self, q: Any, k: Any, v: Any) -> TokenLists:
         return self.lists

@@ -18,7 +18,7 @@ from attention.step_tail import StepTail
 from attention.token_lists import Means, TokenLists, check
 from hsr import HSRIndex
 from hsr.errors import ArgumentError
-from tests.decode_selectors import Cache, cache, listed, nothing_read_back, sets, together
+from tests.decode_selectors import Cache, Stateless, cache, listed, nothing_read_back, sets, together
 
 SELECTORS = (TopOracle(24), Quest(48), TokenSelect(k=8, sinks=2, window=6))
 
@@ -211,23 +211,10 @@ def test_batches_dtypes_and_steps_without_reading_back(tail: dict[str, int], dty
 
 
 @dataclass(frozen=True)
-class Weighted(DecodeSelector, Steps):
+class Weighted(Stateless):
     """Lists that make up for what they leave out."""
 
     means: bool
-
-    @classmethod
-    def examples(cls) -> tuple[Weighted, ...]:
-        return (cls(True),)
-
-    def begin(self, k: Any, v: Any, queries: Any, scale: float, batch: int = 1) -> Steps:
-        return self
-
-    def bytes_read(self, n: int, d: int, itemsize: int, group: int = 1) -> float:
-        return 0.0
-
-    def append(self, k: Any, v: Any) -> None:
-        pass
 
     def choose(self, q: Any, k: Any, v: Any) -> TokenLists:
         ids, means = torch.zeros(len(k), 1), Means(k[:, :1], v[:, :1], torch.zeros(len(k), 1))
