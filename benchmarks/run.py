@@ -22,7 +22,8 @@ from pathlib import Path
 from benchmarks.gate import WrongAnswer
 
 CASES = {  # name -> module with rows(quick, note), an iterable of dicts with equal keys; DEVICE where not the CPU; and
-    # missing() where it needs packages that pip's extras do not hold: one line that says how to install them
+    # missing() where it needs packages that pip's extras do not hold: one line that says how to install them;
+    # options(parser) where it has some of its own, which rows() then takes
     "index": "benchmarks.index_case",
     "scaling": "benchmarks.scaling_case",
     "tree-data": "benchmarks.tree_data_case",
@@ -35,6 +36,7 @@ CASES = {  # name -> module with rows(quick, note), an iterable of dicts with eq
     "prefill-gpu": "benchmarks.prefill_gpu_case",
     "prefill-accuracy": "benchmarks.prefill_accuracy_case",
     "leaderboard": "benchmarks.leaderboard_case",
+    "figure3": "benchmarks.figure3_case",
 }
 PACKAGES = ("hsr-attention", "numpy", "scipy", "numba", "faiss-cpu", "torch", "triton", "transformers")
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,12 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("case", choices=CASES, metavar="CASE", help=f"one of: {', '.join(CASES)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that the case works, measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
-    options = parser.parse_args(arguments)
+    options, more = parser.parse_known_args(arguments)
     try:
         case = importlib.import_module(CASES[options.case])
     except ModuleNotFoundError as missing:
         print(f"the case {options.case} needs the package {missing.name}: pip install '.[bench]'", file=sys.stderr)
         return 1
+    own = argparse.ArgumentParser(prog=f"python -m benchmarks.run {options.case}", add_help=False)
+    if hasattr(case, "options"):
+        case.options(own)
+    settings = vars(own.parse_args(more))
     lacking = case.missing() if hasattr(case, "missing") else None
     if lacking:
         print(lacking, file=sys.stderr)
@@ -76,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     notes: list[str] = []
     rows: list[dict[str, object]] = []
     try:
-        for row in case.rows(options.quick, notes.append):
+        for row in case.rows(options.quick, notes.append, **settings):
             rows.append(row)
             print("  ".join(f"{name} {_cell(value)}" for name, value in row.items()), file=sys.stderr, flush=True)
     except WrongAnswer as fault:

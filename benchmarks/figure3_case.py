@@ -1,0 +1,147 @@
+"""Case ``figure3``: perplexity when every layer, head and row keeps few keys; the experiment of arXiv 2410.10165.
+
+Its Figure 3 replaces softmax by the index-set softmax over the r keys of largest score (``TopR``) and finds no loss of
+perplexity on Paul Graham's essays until r < 2^4.  Here the same, on the essays' first tokens, in one teacher-forced
+pass (`benchmarks.perplexity`), with SmolLM2 or the model that HSR_MODEL names; beside it `attention.Sampled` and
+`attention.Certified`.  ``TopR`` is an oracle: it knows all scores, so its curve says what r keys could hold and nothing
+of the cost of finding them.
+
+``reported`` is the number of keys that a row attends to, mean over rows, heads and layers; a row that sees fewer than r
+keys keeps all, so early rows are dense in every setting.  ``late_ratio`` is the ratio of perplexities over the second
+half of the text alone, whose rows see most.  ``kl`` is the mean of KL(dense || sparse) over the predictions of the next
+token, which shows what perplexity averages away.  ``Sampled`` gives each row its own draw from its own prefix, but its
+codes are fitted on all keys of the text: that changes the variance of its estimates, never their mean.  ``seconds`` is
+of a whole forward pass in the form that this case runs it, no claim of speed.
+
+python -m benchmarks.run figure3 --tokens 2048                # on a CPU the default is 4096, on a GPU 8192
+python -m benchmarks.run figure3 --dtype bfloat16 --device cuda
+
+The gate, on a short text: `benchmarks.perplexity.top_attention` is `attention.prefill` with ``TopR``; with all keys it
+has the dense model's perplexity, and so has `attention.Dense`; and dense predictions are the model's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from attention import Certified, Dense, Sampled, TopR, prefill
+from benchmarks import real_keys, smollm
+from benchmarks.gate import WrongAnswer
+from benchmarks.leaderboard_roster import Entry
+from benchmarks.ledger import Row
+from benchmarks.perplexity import DenseStage, PolicyStage, Read, TopStage, read, top_attention
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.cuda.get_device_name() if CUDA else "cpu"
+HERE = "cuda" if CUDA else "cpu"
+TOKENS, QUICK_TOKENS = 8192 if CUDA else 4096, 512
+SMALLEST = 2  # r from 2^2 on
+OTHERS = (
+    *(Sampled(eps=eps) for eps in (0.5, 0.2, 0.1, 0.05, 0.02)),
+    *(Sampled(budget=budget) for budget in (64, 256)),
+    *(Certified(eps) for eps in (0.5, 0.2, 0.05, 0.01)),
+)
+QUICK_OTHERS = (Sampled(eps=0.1), Certified(0.05))
+GATE_TOKENS, GATE_ROWS, GATE_LAYERS = 384, 64, 3
+GATE_SIZES = (4, 32, 400)  # r; the last is more than all keys
+DTYPES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # how far ln perplexity may be off at the gate
+
+missing = partial(real_keys.missing, "figure3")
+
+
+class Setting(NamedTuple):
+    """One point of the figure."""
+
+    policy: Any
+    stage: DenseStage
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What this case can be asked for."""
+    parser.add_argument("--tokens", type=int, help=f"of the essays ({TOKENS})")
+    parser.add_argument("--device", default=HERE, help=f"where the model runs ({HERE})")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (float32)")
+
+
+def rows(
+    quick: bool, note: Callable[[str], None], tokens: int | None = None, device: str = HERE, dtype: str = "float32"
+) -> Iterator[Row]:
+    """A row per setting, dense first."""
+    tokens = tokens or (QUICK_TOKENS if quick else TOKENS)
+    model, tokenizer = smollm.load_model(tokens, device, getattr(torch, dtype))
+    smollm.hook(model)
+    text = smollm.essay_tokens(tokenizer, tokens)
+    gate(model, text[:GATE_TOKENS], DTYPES[dtype])
+    source, _ = smollm.model_source()
+    name = Path(source).name if os.environ.get("HSR_MODEL") else "SmolLM2-135M-Instruct"
+    note(f"{name}, {dtype}, RoPE {real_keys.rope(tokens) if name.startswith('SmolLM2') else 'as configured'}")
+    dense: Read | None = None
+    for policy, stage in settings(tokens, quick):
+        found = read(model, text, stage, dense.states if dense else None)
+        dense = dense or found
+        half = tokens // 2
+        yield {
+            "method": Entry(policy, True).method,
+            "setting": Entry(policy, True).setting,
+            "r": policy.r if isinstance(policy, TopR) else None,
+            "reported": sum(stage.reported) / len(stage.reported),
+            "tokens": tokens,
+            "perplexity": found.perplexity(),
+            "dense_perplexity": dense.perplexity(),
+            "ratio": found.perplexity() / dense.perplexity(),
+            "late_ratio": found.perplexity(half) / dense.perplexity(half),
+            "kl": float(found.divergence.mean()),
+            "seconds": found.seconds,
+        }
+
+
+def settings(tokens: int, quick: bool) -> Iterator[Setting]:
+    """The points, with a fresh stage each."""
+    yield Setting(Dense(), DenseStage())
+    r = 1 << SMALLEST
+    while r <= tokens:
+        yield Setting(TopR(r), TopStage(r))
+        r *= 8 if quick else 2
+    for policy in QUICK_OTHERS if quick else OTHERS:
+        yield Setting(policy, PolicyStage(policy))
+
+
+class Compared(DenseStage):
+    """A stage that holds some rows of its first layers, as two functions see them, against each other."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """See `benchmarks.smollm.Stage`."""
+        if layer < GATE_LAYERS:
+            last = q[:, -GATE_ROWS:]
+            for r in GATE_SIZES:
+                output, reported = top_attention(last, k, v, r, scale)
+                wanted = prefill(*(part.float().cpu() for part in (last, k, v)), policy=TopR(r), scale=scale)
+                off = float((output.cpu() - wanted.output).norm(dim=2).max() / wanted.output.norm(dim=2).mean())
+                counts = torch.as_tensor(wanted.counters.reported)
+                if not (off < 1e-4 and torch.equal(reported.cpu(), counts)):
+                    raise WrongAnswer(f"top_attention({r}) is off by {off:.1e} in layer {layer}")
+        return super().attend(layer, q, k, v, scale)
+
+
+def gate(model: Any, text: list[int], tolerance: float) -> None:
+    """See the module."""
+    dense = read(model, text, Compared())
+    with torch.no_grad():
+        own = model(torch.tensor([text], device=model.device), use_cache=False, stage=DenseStage()).logits[0].float()
+    wanted = torch.nn.functional.cross_entropy(own[:-1], torch.tensor(text[1:], device=model.device))
+    found = {
+        "top_attention of all keys": read(model, text, TopStage(len(text))).surprise,
+        "prefill of all keys": read(model, text, PolicyStage(Dense())).surprise,
+    }
+    off = {name: float((surprise - dense.surprise).mean().abs()) for name, surprise in found.items()}
+    off["the dense reading"] = abs(float(dense.surprise.mean()) - float(wanted))
+    for name, far in off.items():
+        if not far < tolerance:
+            raise WrongAnswer(f"{name}: the mean surprise is off by {far:.1e}")
