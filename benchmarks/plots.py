@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-FIGURES = {  # case -> module with figures(rows), a dict of matplotlib figures by name
+FIGURES = {  # case -> module with figures(rows), a dict of matplotlib figures by name, "" for one alone
     "scaling": "benchmarks.scaling_figures",
     "tree-data": "benchmarks.tree_data_figures",
     "pruning": "benchmarks.pruning_figures",
     "accuracy": "benchmarks.accuracy_figures",
     "decode-cpu": "benchmarks.decode_cpu_figures",
     "leaderboard": "benchmarks.leaderboard_figures",
+    "figure3": "benchmarks.figure3_figures",
 }
 
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = f"{measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}"
     for name, figure in module.figures(measured["rows"]).items():
         figure.text(0.005, 0.005, where, ha="left", va="bottom", fontsize=7, color="0.4")
-        path = file.with_name(f"{file.stem}-{name}.png")
+        path = file.with_name(f"{file.stem}-{name}.png" if name else f"{file.stem}.png")
         figure.savefig(path, dpi=120)
         print(path)
     return 0

@@ -1,0 +1,103 @@
+"""Say in Markdown what the case ``figure3`` found of the paper's claim, from its committed measurements alone.
+
+python -m benchmarks.figure3_statement benchmarks/results/figure3.json    # writes figure3.md beside it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figure3_figures import CLAIMED
+from benchmarks.readme_table import markdown
+
+NO_LOSS = 1.01  # largest ratio of perplexities that counts as none
+COLUMNS: Mapping[str, Callable[[Any], str]] = {
+    "method": str,
+    "setting": lambda text: f"`{text}`" if text else "",
+    "reported": "{:,.1f}".format,
+    "perplexity": "{:.3f}".format,
+    "ratio": "{:.4f}".format,
+    "late_ratio": "{:.4f}".format,
+    "kl": "{:.2g}".format,
+}
+LEGEND = (
+    "`benchmarks/figure3_case.py` says what the columns mean; a loss is a perplexity above that of dense attention."
+)
+ORACLE = (
+    "Top-r is an oracle: it knows every score, so this says what r keys can hold, not what finding them costs.  What "
+    "exact reporting and sampled steps cost is measured by `index`, `decode-cpu`, `decode-gpu` and `leaderboard`."
+)
+
+Row = Mapping[str, Any]
+
+
+def claims(rows: Sequence[Row]) -> list[str]:
+    """Sentences; a loss is a perplexity above that of dense attention, none one of less than 1 %."""
+    tops = sorted((row for row in rows if row["r"]), key=lambda row: row["r"])
+    said = [_first(tops, "ratio", "over the whole text"), _first(tops, "late_ratio", "over its second half")]
+    for row in tops:
+        if row["r"] in (CLAIMED // 4, CLAIMED, 4 * CLAIMED, 16 * CLAIMED):
+            said.append(f"r = {row['r']}: {_loss(row['ratio'])} ({_loss(row['late_ratio'])} in the second half).")
+    at = next((row for row in tops if row["r"] == CLAIMED), None)
+    if at:
+        held = at["ratio"] < NO_LOSS
+        said.append(
+            f'The paper\'s "no loss until r < 2^4" {"holds" if held else "does not hold"} for this model and text: at '
+            f"r = {CLAIMED} the loss is {_loss(at['ratio'])}."
+        )
+    for method in ("Sampled", "Certified"):
+        found = [row for row in rows if row["method"] == method and row["ratio"] < NO_LOSS]
+        if found:
+            least = min(found, key=lambda row: row["reported"])
+            said.append(
+                f"{method} loses less than 1 % from {least['reported']:.0f} keys a row on (`{least['setting']}`), "
+                f"{_loss(least['ratio'])}; {_beside(tops, least['reported'])}"
+            )
+    return said
+
+
+def _first(tops: Sequence[Row], column: str, where: str) -> str:
+    """From which r on no loss is left."""
+    lossy = [row["r"] for row in tops if not row[column] < NO_LOSS]
+    free = [row["r"] for row in tops if row["r"] > max(lossy, default=0)]
+    return f"Top-r loses less than 1 % {where} from r = {free[0]} on." if free else f"Top-r loses more {where}."
+
+
+def _beside(tops: Sequence[Row], keys: float) -> str:
+    """What top-r of about as many keys a row does, the next above."""
+    row = next((row for row in tops if row["reported"] >= keys), tops[-1])
+    return f"top-r of {row['reported']:.0f} (r = {row['r']}) {_loss(row['ratio'])}."
+
+
+def _loss(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.2f} %"
+
+
+def text(measured: Mapping[str, Any]) -> str:
+    """Sentences, then the table."""
+    rows = measured["rows"]
+    where = f"{measured['device']}; {measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}"
+    lines = [[cell(row[name]) for name, cell in COLUMNS.items()] for row in rows]
+    return (
+        f"# Figure 3 of arXiv 2410.10165, repeated\n\n{where}, `{measured['command']}`; "
+        f"{'; '.join(measured['notes'])}; "
+        f"{rows[0]['tokens']:,} tokens of Paul Graham's essays.  {LEGEND}\n\n"
+        + "".join(f"- {sentence}\n" for sentence in claims(rows))
+        + f"\n{ORACLE}\n\n{markdown(COLUMNS, lines)}\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the sentences of the file named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.figure3_statement", description="What was found.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="measurements of the case figure3")
+    file = parser.parse_args(arguments).file
+    file.with_suffix(".md").write_text(text(json.loads(file.read_text())))
+
+
+if __name__ == "__main__":
+    main()
