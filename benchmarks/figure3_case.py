@@ -46,7 +46,7 @@ SMALLEST = 2  # r from 2^2 on
 OTHERS = (
     *(Sampled(eps=eps) for eps in (0.5, 0.2, 0.1, 0.05, 0.02)),
     *(Sampled(budget=budget) for budget in (64, 256)),
-    *(Certified(eps) for eps in (0.5, 0.2, 0.05, 0.01)),
+    *(Certified(eps) for eps in (0.5, 0.2, 0.05, 0.02)),
 )
 QUICK_OTHERS = (Sampled(eps=0.1), Certified(0.05))
 GATE_TOKENS, GATE_ROWS, GATE_LAYERS = 384, 64, 3

@@ -44,7 +44,7 @@ def _panel(axis: Axes, rows: Sequence[Row], column: str) -> None:
         line = [row for row in rows if row["method"] == method and row["setting"].startswith(parameter)]
         line = sorted((row for row in line if row["ratio"] and row[column] > 0), key=_keys)
         axis.plot([_keys(row) for row in line], [row[column] for row in line], marker=mark, color=colour, label=name)
-        if method != "TopR":
+        if method != "TopR" and column == "kl":
             for row in line:
                 place = (_keys(row), row[column])
                 axis.annotate(row["setting"].split("=")[1], place, (4, 4), textcoords="offset points", fontsize=7)

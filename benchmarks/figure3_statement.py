@@ -17,7 +17,7 @@ from benchmarks.readme_table import markdown
 NO_LOSS = 1.01  # largest ratio of perplexities that counts as none
 COLUMNS: Mapping[str, Callable[[Any], str]] = {
     "method": str,
-    "setting": lambda text: f"`{text}`" if text else "",
+    "setting": lambda text: f"`{text}`" if text else "default",
     "reported": "{:,.1f}".format,
     "perplexity": "{:.3f}".format,
     "ratio": "{:.4f}".format,
