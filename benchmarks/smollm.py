@@ -93,13 +93,18 @@ def stretched(config: Any, tokens: int) -> Any:
 def essay_tokens(tokenizer: Any, count: int) -> list[int]:
     """The first ``count`` tokens of Paul Graham's essays, in the order of their file names, without special tokens."""
     tokens: list[int] = []
-    for file in sorted((package_folder(ESSAYS_PACKAGE) / "PaulGrahamEssays").glob("*.txt")):
-        text = file.read_text(encoding="utf-8").strip() + "\n\n"
-        tokens += tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    for essay in essays():
+        tokens += tokenizer.backend_tokenizer.encode(essay.strip() + "\n\n", add_special_tokens=False).ids
         if len(tokens) >= count:
             break
     assert len(tokens) >= count, f"the essays hold {len(tokens)} tokens"
     return tokens[:count]
+
+
+def essays() -> list[str]:
+    """Paul Graham's essays, in the order of their file names."""
+    files = sorted((package_folder(ESSAYS_PACKAGE) / "PaulGrahamEssays").glob("*.txt"))
+    return [file.read_text(encoding="utf-8") for file in files]
 
 
 def package_folder(package: str) -> Path:
