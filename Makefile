@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard clean
+.PHONY: help demo test test-long check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard figure3 retrieval clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,15 @@ leaderboard: $(VENV)/.demo ## published systems and ours on the same heads; writ
 	$(BIN)/python -m benchmarks.run leaderboard --json benchmarks/results/leaderboard.json
 	$(BIN)/python -m benchmarks.plots benchmarks/results/leaderboard.json
 	$(BIN)/python -m benchmarks.leaderboard_table benchmarks/results/leaderboard.json
+
+figure3: $(VENV)/.demo ## the paper's experiment, perplexity against r; writes figure3.json, .png and .md likewise
+	$(BIN)/python -m benchmarks.run figure3 --json benchmarks/results/figure3.json
+	$(BIN)/python -m benchmarks.plots benchmarks/results/figure3.json
+	$(BIN)/python -m benchmarks.figure3_statement benchmarks/results/figure3.json
+
+retrieval: $(VENV)/.demo ## what a model still finds with sparse decode steps; writes retrieval.json and .md likewise
+	$(BIN)/python -m benchmarks.run retrieval --json benchmarks/results/retrieval.json
+	$(BIN)/python -m benchmarks.retrieval_table benchmarks/results/retrieval.json
 
 clean: ## remove .venv, caches, build products and reports
 	rm -rf $(VENV) build dist demo_report .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -171,7 +171,8 @@ class Reader:
     def reply(self, one: Sample, context: HSRCache, policy: Any) -> Reply:
         """What a policy makes of the question after the context; None is dense."""
         cache = HSRCache(self._model.config, decode=policy, dense_below=0)
-        for place, layer in enumerate(context.layers):
+        held: Sequence[Any] = context.layers
+        for place, layer in enumerate(held):
             cache.update(layer.keys, layer.values, place)
         self._pass(cache, self.encode(one.context)[-KNOWN:])
         start = time.perf_counter()
