@@ -124,7 +124,6 @@ def test_captured_steps_are_the_eager_ones(model: Any, batch: int) -> None:
     found = torch.stack([steps(ids[:, t : t + 1]).float().clone() for t in range(301, 500)], 1)
     near(found, wanted[:, 301:], 0.01)
     assert cache.get_seq_length() == 500 and cache.layers[1].steps.cache.lengths.tolist() == [500] * 2 * batch
-    near(passes(model, cache, ids[:, :1], [1]), passes(model, cache, ids[:, :1], [1]), 0.2)
     with pytest.raises(ArgumentError, match="token must be"):
         steps(ids[:, :2])
 
