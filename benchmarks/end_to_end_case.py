@@ -1,11 +1,11 @@
 """Case ``end-to-end``: whole models on the GPU, tokens per second and seconds of a prompt, dense beside ours.
 
 A step is one CUDA graph of the model's forward pass, B = 1, weights and logits included; its token is the largest
-logit of the step before, and the time is that of a loop of STEPS_TIMED such steps, over their number.  Dense: a static cache at a
-fixed length, attended to by whichever of torch's kernels and FlashAttention-3 is fastest there (``dense_best``).  Ours:
+logit of the step before, and its time that of a loop of STEPS_TIMED such steps.  Dense: a static cache at a fixed
+length, attended to by whichever of torch's kernels and FlashAttention-3 is fastest there (``dense_best``).  Ours:
 `HSRCache(decode=Sampled(budget=...))` by `CapturedSteps`, whose cache grows.  Norms, MLPs and rotary embeddings are
 compiled by torch in both, alike; beside the attention nothing differs.  Prompts run eagerly: dense with the fastest
-kernel, ours with `BlockSampled` at a tenth of the pairs, and then the codes for decoding (``codes_s``).
+kernel, ours with `BlockSampled` at a tenth of the pairs; ``codes_s`` is the first step, which makes codes.
 
 ``llama-8b-shaped`` is Llama-3.1-8B's shape with LAYERS layers of random weights and its whole vocabulary;
 ``without the head`` has 4 / 32 of the vocabulary's matrix, as many layers' share of it.  Where a prompt is too long to
@@ -43,7 +43,7 @@ from benchmarks.replays import launched
 DEVICE = decode_gpu_case.DEVICE
 HERE, DTYPE = "cuda", torch.bfloat16
 LAYERS = 4
-LENGTHS, QUICK_LENGTHS = tuple(1 << k for k in range(10, 20)), (1024, 8192)
+LENGTHS, QUICK_LENGTHS = tuple(1 << k for k in range(10, 20)), (1024, 8192, 131072)
 PROMPTS = 1 << 18  # tokens of the longest prompt that is read
 DENSITY = 0.1
 ROUNDS, STEPS_TIMED = 7, 40
@@ -88,6 +88,8 @@ SHAPES = (
 
 
 Held = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer
+
+PARTLY = SHAPES[1:2]  # at QUICK_LENGTHS alone
 
 
 class DenseLayer(CacheLayerMixin):
@@ -179,9 +181,9 @@ def compiled(model: Any) -> None:
     """Compile what lies beside the attention."""
     for module in model.modules():
         if type(module).__name__.endswith(("RMSNorm", "MLP")):
-            module.forward = torch.compile(module.forward, dynamic=False)
+            module.forward = torch.compile(module.forward)
     if modeling_llama.apply_rotary_pos_emb is ROTARY:
-        modeling_llama.apply_rotary_pos_emb = torch.compile(ROTARY, dynamic=False)
+        modeling_llama.apply_rotary_pos_emb = torch.compile(ROTARY)
 
 
 def missing() -> str | None:
@@ -200,7 +202,7 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
         model = shape.model()
         gate(model)
         held: Held = ()
-        for n in QUICK_LENGTHS if quick else LENGTHS:
+        for n in QUICK_LENGTHS if quick or shape in PARTLY else LENGTHS:
             try:
                 row, held = measured(shape, model, n, held, note)
             except torch.cuda.OutOfMemoryError:
