@@ -1,7 +1,7 @@
 """Thresholds of a causal selection, block after block: `attention.listed_reference.paced` on the GPU.
 
-All that does not depend on what earlier blocks spent is made for every block at once; `pace` has a comparison and a
-reduction left for each.
+All that does not depend on what earlier blocks spent is made for every block at once, before and after `pace`, which
+has a comparison and a reduction left for each.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from attention.listed_reference import CODES, RESERVED, ROUNDING, STEPS, STRIDE,
 from hsr.lifted_numba import BITS
 
 LEVELS = tl.constexpr(CODES)
-AHEAD = 4  # blocks whose rows are on their way
+AHEAD = 8  # blocks whose rows are on their way: a step is shorter than the way from memory
 
 
 @triton.jit
-def pace(OWN, EXPECTED, PLACES, budget, lines, LATER: tl.constexpr):
+def pace(OWN, EXPECTED, LEFT, budget, lines, LATER: tl.constexpr):
     """Grid (heads,): OWN (heads, lines, LEVELS) int32, what a block would spend by each threshold, falling.
 
-    EXPECTED (heads, lines, LEVELS) float64, with what is then expected of later ones -> PLACES (heads, lines) int32,
-    of the first thresholds that fit what is left of the budget.  One warp, LATER blocks are loaded ahead.
+    EXPECTED (heads, lines, LEVELS) float64, with what is then expected of later ones -> LEFT (heads, lines) float64,
+    of the budget as a block begins; it takes the first threshold that fits.  One warp, LATER blocks are loaded ahead.
     """
     head = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, LEVELS)
@@ -34,9 +34,8 @@ def pace(OWN, EXPECTED, PLACES, budget, lines, LATER: tl.constexpr):
         at = (head * lines + line) * LEVELS + c
         own = tl.load(OWN + at)
         expected = tl.load(EXPECTED + at)
-        fits = expected <= left
-        left -= tl.max(tl.where(fits, own, 0), 0).to(tl.float64)  # alone in the way of the next block
-        tl.store(PLACES + head * lines + line, tl.sum(tl.where(fits, 0, 1), 0))
+        tl.store(LEFT + head * lines + line, left)
+        left -= tl.max(tl.where(expected <= left, own, 0), 0).to(tl.float64)
 
 
 def chances(histograms: torch.Tensor, kept: float, shift: int) -> torch.Tensor:
@@ -58,7 +57,8 @@ def chances(histograms: torch.Tensor, kept: float, shift: int) -> torch.Tensor:
     expected += (later * least)[:, None]
     expected.masked_fill_(own <= least, -math.inf)
     expected[..., -1] = -math.inf
-    places = torch.empty(heads, T, dtype=torch.int32, device=device)
-    pace[(heads,)](own.to(torch.int32), expected, places, budget, T, LATER=AHEAD, num_warps=1)
-    off = (STRIDE * places[..., None] - c).clamp(min=0).double()
+    left = torch.empty(heads, T, dtype=torch.float64, device=device)
+    pace[(heads,)](own.to(torch.int32), expected, left, budget, T, LATER=AHEAD, num_warps=1)
+    places = (expected > left[..., None]).sum(2, keepdim=True)
+    off = (STRIDE * places - c).clamp(min=0).double()
     return torch.exp2(BITS - off / STEPS).round_().clamp_(min=1).to(torch.int32)
