@@ -20,7 +20,7 @@ LEVELS = tl.constexpr(CODES)
 AHEAD = 8  # blocks whose rows are on their way: a step is shorter than the way from memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["budget"])
 def pace(OWN, EXPECTED, LEFT, budget, lines, LATER: tl.constexpr):
     """Grid (heads,): OWN (heads, lines, LEVELS) int32, what a block would spend by each threshold, falling.
 

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from attention import chances  # noqa: E402
 from attention.key_lists import edges  # noqa: E402
+from attention.listed_reference import UNITS  # noqa: E402
 from gpu import pacing  # noqa: E402
 from tests.gpu.interpreted import HERE, poisoned_allocations, pytestmark, waiting_is_an_error  # noqa: E402, F401
 from tests.histograms import KINDS, made  # noqa: E402
@@ -31,6 +32,7 @@ def test_chances_are_the_definition_bit_for_bit(T, shift, share):
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device():
     histograms = torch.ones(3, 20, 256, dtype=torch.int32, device=HERE)
-    pacing.chances(histograms, 100.0, 0)  # compiles
-    with waiting_is_an_error():
-        pacing.chances(histograms, 100.0, 0)
+    for kept in (1 / UNITS, 100.0):  # a one would be a constant to Triton, if it might
+        pacing.chances(histograms, kept, 0)  # compiles
+        with waiting_is_an_error():
+            pacing.chances(histograms, kept, 0)
