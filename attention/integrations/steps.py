@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from attention.engine import is_coded
 from attention.integrations.masks import Seen
 from attention.policies import Policy
 from attention.result import Certificate
@@ -65,6 +66,7 @@ class Sessions:
     def __init__(
         self, policy: Policy | Sampled | Any, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float, queries: Any
     ) -> None:
+        self._evicts = not is_coded(policy)
         self._sessions = []
         for sequence, (keys, values) in enumerate(zip(k, v, strict=True)):
             left = seen.left(sequence)
@@ -99,8 +101,9 @@ class Sessions:
         return torch.stack([session.attend(row).output for session, row in zip(self._sessions, q, strict=True)])
 
     def forget(self, count: int) -> bool:
-        """See `Steps`; only sessions over an index can."""
-        if any(session.gpu is not None or session.alive <= count for session in self._sessions):
+        """See `Steps`; only sessions over an index, and without codes, can."""
+        gone = (session.gpu is not None or session.alive <= count for session in self._sessions)
+        if not self._evicts or any(gone):
             return False
         for session in self._sessions:
             session.evict(range(session.n - count, session.n))
