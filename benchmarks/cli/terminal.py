@@ -1,0 +1,44 @@
+"""Where the commands print: results to stdout, progress to stderr, neither with control codes where nobody looks."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+WIDE = 160  # columns of what goes to a file or a pipe, so that no table is cut
+
+
+def results() -> Console:
+    """The console of results."""
+    return _console(sys.stdout.isatty(), stderr=False)
+
+
+def aside() -> Console:
+    """The console of progress and complaints."""
+    return _console(sys.stderr.isatty(), stderr=True)
+
+
+def _console(seen: bool, *, stderr: bool) -> Console:
+    return Console(stderr=stderr, width=None if seen else WIDE, force_terminal=seen, highlight=False)
+
+
+def progress() -> Progress:
+    """Bars that vanish when they are done: a description, steps done of all, the time."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=aside(),
+        transient=True,
+        refresh_per_second=4,
+    )
+
+
+def spinner() -> Progress:
+    """The same for work of unknown length."""
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=aside(), transient=True
+    )
