@@ -27,3 +27,13 @@ class HeldRows:
             self._held = more
         self._held[:, first:last] = rows
         self.rows = self._held[:, :last]
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first rows: n becomes ``count``, at most n."""
+        assert count <= self.rows.shape[1]
+        self.rows = self._held[:, :count]
+
+    def select(self, which: torch.Tensor) -> None:
+        """Go on with some of the G, in the order of which (G',) int64, in other memory."""
+        self._held = self._held.index_select(0, which)
+        self.rows = self._held[:, : self.rows.shape[1]]

@@ -1,0 +1,305 @@
+"""The cache of one layer: keys and values in memory that doubles, and what attends to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from attention.held_rows import HeldRows
+from attention.integrations import trial
+from attention.integrations.dense_rows import dense
+from attention.integrations.masks import Seen, note
+from attention.integrations.steps import Fused, Sessions, Steps, fuses
+from attention.prefill import prefill
+from hsr.errors import ArgumentError
+
+ROWS = 16  # most rows of a pass over a cache that are decoded one by one; more are a prompt
+REBUILD = 1024  # rows of a prompt beyond which sessions are made anew, not told of each
+KNOWN = 128  # the prompt's last rows, which codes are fitted to
+
+
+class HSRLayer(CacheLayerMixin):
+    """Keys and values of a layer with full attention, and the policies that serve it.
+
+    Args:
+        decode: policy of decode steps, or None for dense attention.
+        prompt: policy of prompts, or None for dense attention.
+        dense_below: tokens below which attention is dense; None decides by trials.
+        trials: of prompts, shared by the layers.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, decode: Any, prompt: Any, dense_below: int | None, trials: trial.PromptTrials) -> None:
+        self._policies = decode, prompt, dense_below, trials
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized = False
+        self.steps: Steps | None = None  # what serves decode steps; None while they are dense
+        self._held: tuple[HeldRows, HeldRows] | None = None  # `Fused` steps hold the rows themselves
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None  # rows that fused steps take in
+        self._n = self._batch = self._retry = 0  # the last: tokens from which steps are tried again
+        self._seen = Seen()  # the padding that steps know of
+        self._queries: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Note dtype, device and batch."""
+        self.dtype, self.device, self._batch = key_states.dtype, key_states.device, len(key_states)
+        self.is_initialized = True
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """(B, g, n, d), a view; None where nothing is held."""
+        return self._view(0)
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """(B, g, n, dv), a view; None where nothing is held."""
+        return self._view(1)
+
+    def _view(self, which: int) -> torch.Tensor | None:
+        if isinstance(self.steps, Fused):
+            return self.steps.rows(which)
+        return None if self._held is None else self._held[which].rows.unflatten(0, (self._batch, -1))
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in key_states (B, g, m, d) and value_states (B, g, m, dv); what it returns is for "hsr" attention alone.
+
+        Raises:
+            ArgumentError: another batch than before; a last update that nobody attended to.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._pending is not None:
+            raise ArgumentError('attn_implementation must be "hsr" with an HSRCache; the last step attended elsewhere')
+        if len(key_states) != self._batch:
+            raise ArgumentError(f"key_states must have the cache's batch {self._batch}; got {len(key_states)}")
+        self._n += key_states.shape[2]
+        if isinstance(self.steps, Fused) and key_states.shape[2] <= ROWS:
+            self._pending = key_states, value_states
+            return note(key_states.view_as(key_states), self), value_states
+        self._take_back()
+        self._put(key_states, value_states)
+        k, v = self.keys, self.values
+        assert k is not None and v is not None
+        return note(k, self), v
+
+    def _put(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        rows = k.detach().flatten(0, 1), v.detach().flatten(0, 1)
+        if self._held is None:
+            self._held = HeldRows(rows[0]), HeldRows(rows[1])
+            return
+        for held, new in zip(self._held, rows, strict=True):
+            held.put(held.rows.shape[1], new)
+
+    def _take_back(self) -> None:
+        """Hold the rows again that fused steps hold, pending ones too; others stay."""
+        if isinstance(self.steps, Fused):
+            held, pending = (self.steps.rows(0), self.steps.rows(1)), self._pending
+            self.steps = self._pending = None
+            for part in (held, pending):
+                if part is not None:
+                    self._put(*part)
+
+    def attend(
+        self, module: torch.nn.Module, q: torch.Tensor, mask: torch.Tensor | None, seen: Seen, **options: Any
+    ) -> torch.Tensor:
+        """q (B, h, m, d), the rows of the last tokens, with the layer's mask and what it says -> (B, m, h, dv)."""
+        step = q.shape[2] <= ROWS and q.shape[2] < self._n
+        if self.steps is not None and seen != self._seen:
+            self._take_back()
+            self.steps = None
+        if step and (self.steps is not None or self._begins(q, seen, options["scaling"])):
+            return self._stepped(q).transpose(1, 2).contiguous()
+        self._take_back()
+        k, v = self.keys, self.values
+        assert k is not None and v is not None
+        if not step:
+            self._queries = q[:, :, -KNOWN:].detach().clone()
+            if self._prompt_is_sparse(q, k, v):
+                _check(q, seen)
+                return self._prompted(q, k, v, seen, options["scaling"]).transpose(1, 2).contiguous()
+        return dense(module, q, k, v, mask, seen, **options)
+
+    def _begins(self, q: torch.Tensor, seen: Seen, scale: float) -> bool:
+        """Make what serves steps, if the layer has come to where it is to."""
+        policy, _, dense_below, _ = self._policies
+        first = self._n - q.shape[2]  # tokens that were there before this pass
+        least = max(trial.LEAST, self._retry) if dense_below is None else dense_below
+        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph keeps what it found
+        padded = max(seen.lefts or (0,))
+        if policy is None or self._n < least or first <= padded or capturing:
+            return False
+        _check(q, seen)
+        k, v = self.keys, self.values
+        assert k is not None and v is not None
+        before = k[:, :, :first], v[:, :, :first]
+        steps: Steps
+        if fuses(policy, k, seen):
+            steps = Fused(policy, *before, q.shape[1], scale, self._queries)
+        else:
+            steps = Sessions(policy, *before, seen, scale, self._queries)
+        if dense_below is None and not trial.steps_faster(steps, q, k, v):
+            self._retry = 2 * self._n
+            return False
+        self._seen = seen
+        if isinstance(steps, Fused):
+            self._pending, self._held = (k[:, :, first:].clone(), v[:, :, first:].clone()), None
+        self.steps = steps
+        return True
+
+    def _stepped(self, q: torch.Tensor) -> torch.Tensor:
+        steps, first = self.steps, self._n - q.shape[2]
+        assert steps is not None
+        if self._pending is not None:
+            k, v = self._pending
+            self._pending = None
+        else:
+            held, told = (self.keys, self.values), steps.told
+            assert held[0] is not None and held[1] is not None
+            if first > told:
+                steps.extend(held[0][:, :, told:first], held[1][:, :, told:first])
+            k, v = held[0][:, :, first:], held[1][:, :, first:]
+        rows = [steps.step(*(part[:, :, t : t + 1] for part in (q, k, v))) for t in range(q.shape[2])]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
+
+    def _prompt_is_sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+        _, policy, dense_below, trials = self._policies
+        if self.steps is not None and self._n - self.steps.told > REBUILD:
+            self.steps = None
+        if policy is None:
+            return False
+        return trials.faster(policy, q, k, v) if dense_below is None else self._n >= dense_below
+
+    def _prompted(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float) -> torch.Tensor:
+        """(B, h, m, dv); rows of padding are zero."""
+        policy, (m, n) = self._policies[1], (q.shape[2], k.shape[2])
+        if seen.lefts is None:
+            whole: torch.Tensor = prefill(q, k, v, policy=policy, scale=scale).output
+            return whole
+        output = q.new_zeros(*q.shape[:3], v.shape[3])
+        for b, left in enumerate(seen.lefts):
+            row = max(left - (n - m), 0)
+            if row < m:
+                rows = q[b, :, row:], k[b, :, left:], v[b, :, left:]
+                output[b, :, row:] = prefill(*rows, policy=policy, scale=scale).output
+        return output
+
+    def advance(self, count: int) -> None:
+        """Note tokens that replays of a CUDA graph took in, or, below zero, that a capture did not.
+
+        Raises:
+            ArgumentError: the layer's steps are not fused, so that no graph can have taken any.
+        """
+        if not isinstance(self.steps, Fused):
+            raise ArgumentError(f"count must be 0 where steps are not fused; got {count}")
+        self._n += count
+        self.steps.told += count
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a pass of so many rows sees, and where they begin."""
+        return self._n + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens, padding included."""
+        return self._n
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, so many below zero.
+
+        Raises:
+            ArgumentError: more than zero, or more tokens than there are.
+        """
+        kept = self._n + tokens_to_remove
+        if tokens_to_remove > 0 or kept < 0:
+            raise ArgumentError(f"tokens_to_remove must be within {-self._n}..0; got {tokens_to_remove}")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        self._take_back()
+        for held in self._held or ():
+            held.keep(kept)
+        if self.steps is not None and self.steps.told > kept and not self.steps.forget(self.steps.told - kept):
+            self.steps = None
+        self._n = kept
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Go on with the sequences beam_idx (B',)."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._select([sequence for sequence in range(self._batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Go on with the sequences indices, (B',) int64 or (B,) bool."""
+        self._select(indices.nonzero()[:, 0].tolist() if indices.dtype == torch.bool else indices.tolist())
+
+    def _select(self, sequences: Sequence[int]) -> None:
+        if self._n == 0 or list(sequences) == list(range(self._batch)):
+            return
+        self._take_back()
+        for held in self._held or ():
+            heads = len(held.rows) // self._batch
+            which = torch.tensor(sequences, device=held.rows.device)[:, None] * heads
+            held.select((which + torch.arange(heads, device=which.device)).flatten())
+        if self.steps is not None and not self.steps.select(sequences):
+            self.steps = None
+        if self._seen.lefts is not None:
+            self._seen = Seen(tuple(self._seen.lefts[sequence] for sequence in sequences))
+        if self._queries is not None:
+            self._queries = self._queries[list(sequences)]
+        self._batch = len(sequences)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HSRLayer:
+        """The rows in other memory; steps are made anew where they are needed."""
+        layer = HSRLayer(*self._policies)
+        vars(layer).update(vars(self) | {"steps": None, "_pending": None})
+        k, v = self.keys, self.values
+        layer._held = None
+        if k is not None and v is not None:
+            layer._put(k, v)
+        return layer
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """A layer with sliding-window attention: transformers' cache of it, served densely."""
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As its base; the keys are noted with the layer."""
+        k, v = super().update(key_states, value_states)
+        self._seen_rows = k.view_as(k), v
+        return note(self._seen_rows[0], self), v
+
+    def attend(
+        self, module: torch.nn.Module, q: torch.Tensor, mask: torch.Tensor | None, seen: Seen, **options: Any
+    ) -> torch.Tensor:
+        """As `HSRLayer.attend`."""
+        k, v = self._seen_rows
+        del self._seen_rows
+        return dense(module, q, k, v, mask, seen, self.sliding_window, **options)
+
+
+def _check(q: torch.Tensor, seen: Seen) -> None:
+    if not seen.plain:
+        raise ArgumentError(
+            "attention_mask must be of left padding, (B, n), where attention is sparse; got one that hides other keys"
+        )
+    if q.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError("query must need no gradient where attention is sparse: call within torch.no_grad()")

@@ -1,0 +1,209 @@
+"""What serves a layer's decode steps once it is sparse: sessions of its sequences, or one sampled cache on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from attention.engine import is_coded
+from attention.integrations.masks import Seen
+from attention.policies import Policy
+from attention.result import Certificate
+from attention.sampled import Sampled
+from attention.session import DecodeSession
+
+
+class Steps(Protocol):
+    """Serves rows one by one; all tensors (B, heads, 1, width).
+
+    Attributes:
+        told: tokens that it knows of, padding included.
+        keys: keys that steps could have read, summed over steps, sequences and query heads.
+        steps: steps that are counted in it.
+    """
+
+    told: int
+    keys: int
+    steps: int
+
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Take in a token and attend."""
+
+    def attend(self, q: torch.Tensor) -> torch.Tensor:
+        """Attend to what is there; nothing is counted."""
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Take in tokens, (B, g, t, d) and (B, g, t, dv)."""
+
+    def forget(self, count: int) -> bool:
+        """Drop the newest tokens; whether it could."""
+
+    def select(self, sequences: Sequence[int]) -> bool:
+        """Go on with these sequences of the batch, in this order; whether it could."""
+
+    def reported(self) -> int:
+        """Keys that the counted steps read."""
+
+    def certificate(self) -> Certificate | None:
+        """Of the last step, arrays (B, h, 1); None where nothing is known."""
+
+
+class Sessions:
+    """A `DecodeSession` for each sequence.
+
+    Args:
+        policy: of the sessions.
+        k: (B, g, n, d).
+        v: (B, g, n, dv).
+        seen: padding, which sessions do not hold.
+        scale: of the scores.
+        queries: (B, h, m, d), the prompt's last rows.
+    """
+
+    def __init__(
+        self, policy: Policy | Sampled | Any, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float, queries: Any
+    ) -> None:
+        self._evicts = not is_coded(policy)
+        self._sessions = []
+        for sequence, (keys, values) in enumerate(zip(k, v, strict=True)):
+            left = seen.left(sequence)
+            known = None if queries is None else queries[sequence, :, -(k.shape[2] - left) :]
+            self._sessions.append(
+                DecodeSession(keys[:, left:], values[:, left:], policy=policy, scale=scale, queries=known)
+            )
+        self._reported: Any = 0
+        self._certificates: list[Certificate] = []
+        self.told = k.shape[2]
+        self.keys = self.steps = 0
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """See `Steps`."""
+        for session, key, value in zip(self._sessions, k, v, strict=True):
+            session.append(key, value)
+        self.told += k.shape[2]
+
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Steps`."""
+        self.extend(k, v)
+        results = [session.attend(row) for session, row in zip(self._sessions, q, strict=True)]
+        self._certificates = [result.certificate for result in results]
+        for result in results:
+            self._reported = self._reported + result.counters.reported.sum()
+            self.keys += result.n * q.shape[1]
+        self.steps += 1
+        return torch.stack([result.output for result in results])
+
+    def attend(self, q: torch.Tensor) -> torch.Tensor:
+        """See `Steps`."""
+        return torch.stack([session.attend(row).output for session, row in zip(self._sessions, q, strict=True)])
+
+    def forget(self, count: int) -> bool:
+        """See `Steps`; only sessions over an index, and without codes, can."""
+        gone = (session.gpu is not None or session.alive <= count for session in self._sessions)
+        if not self._evicts or any(gone):
+            return False
+        for session in self._sessions:
+            session.evict(range(session.n - count, session.n))
+        self.told -= count
+        return True
+
+    def select(self, sequences: Sequence[int]) -> bool:
+        """See `Steps`; a sequence that goes on more than once is copied."""
+        if any(session.gpu is not None for session in self._sessions):
+            return False
+        moved: set[int] = set()
+        chosen = []
+        for sequence in sequences:
+            session = self._sessions[sequence]
+            chosen.append(copy.deepcopy(session) if sequence in moved else session)
+            moved.add(sequence)
+        self._sessions = chosen
+        return True
+
+    def reported(self) -> int:
+        """See `Steps`."""
+        return int(self._reported)
+
+    def certificate(self) -> Certificate | None:
+        """See `Steps`."""
+        if not self._certificates:
+            return None
+        first = self._certificates[0]
+        bounds = {
+            name: torch.stack([torch.as_tensor(getattr(one, name)) for one in self._certificates]).cpu().numpy()
+            for name in ("dropped_mass", "output_error", "relative_error", "lse_error")
+        }
+        return Certificate(first.kind, **bounds, confidence=first.confidence)
+
+
+class Fused:
+    """`Sampled` with a budget on a GPU: a step is one launch, which also takes in the token, and can be captured.
+
+    The cache holds the layer's keys and values; its sums count the last step alone, and it claims nothing of its error.
+    """
+
+    def __init__(
+        self, policy: Sampled, k: torch.Tensor, v: torch.Tensor, heads: int, scale: float, queries: Any
+    ) -> None:
+        from gpu.sampled import Draws, SampledCache
+
+        assert policy.budget is not None
+        draws = Draws(
+            policy.budget, policy.bytes_per_key, policy.sinks, policy.recent, policy.seed, policy.redraw,
+            policy.draw == "systematic",
+        )  # fmt: skip
+        self.cache = SampledCache(k, v, heads, draws, scale, queries=queries)
+        self.told = k.shape[2]
+        self.keys = self.steps = 0
+
+    def rows(self, which: int) -> torch.Tensor:
+        """The keys (0) or the values (1) held, (B, g, n, d), a view."""
+        return (self.cache.keys, self.cache.values)[which][:, :, : self.told]
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """See `Steps`."""
+        if self.told + k.shape[2] > self.cache.room:
+            self.cache.reserve(2 * (self.told + k.shape[2]))
+        for t in range(k.shape[2]):
+            self.cache.append(k[:, :, t], v[:, :, t])
+        self.told += k.shape[2]
+
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Steps`."""
+        if self.told == self.cache.room:
+            self.cache.reserve(2 * self.told)
+        self.told += 1
+        output = torch.empty_like(q, memory_format=torch.contiguous_format)
+        self.cache.step(q[:, :, 0], k[:, :, 0], v[:, :, 0], output[:, :, 0])
+        self.keys, self.steps = q.shape[0] * q.shape[1] * self.told, 1
+        return output
+
+    def attend(self, q: torch.Tensor) -> torch.Tensor:
+        """See `Steps`."""
+        output = torch.empty_like(q, memory_format=torch.contiguous_format)
+        self.cache.attend(q[:, :, 0], output[:, :, 0])
+        return output
+
+    def forget(self, count: int) -> bool:
+        """See `Steps`."""
+        return False
+
+    def select(self, sequences: Sequence[int]) -> bool:
+        """See `Steps`."""
+        return False
+
+    def reported(self) -> int:
+        """See `Steps`."""
+        return int(self.cache.counts[:, 0].sum()) * self.cache.per if self.steps else 0
+
+    def certificate(self) -> Certificate | None:
+        """See `Steps`."""
+        return None
+
+
+def fuses(policy: Any, k: torch.Tensor, seen: Seen) -> bool:
+    """Whether `Fused` serves this."""
+    return isinstance(policy, Sampled) and policy.eps is None and k.device.type == "cuda" and seen.lefts is None

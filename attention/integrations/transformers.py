@@ -1,0 +1,234 @@
+"""HSR attention in Hugging Face transformers: the attention implementation "hsr" and the cache that serves it.
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="hsr")
+    model.generate(**inputs, past_key_values=HSRCache(model.config, decode=Sampled(eps=0.02)))
+
+Layers with full attention are served by policies, those with a sliding window densely.  An `HSRCache` holds each
+layer's keys and values in memory that doubles, so that no step copies them, beside what its policies know of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from attention.engine import Plan, is_policy, is_stepwise
+from attention.integrations import masks
+from attention.integrations.layer import HSRLayer, WindowLayer
+from attention.integrations.trial import PromptTrials
+from attention.policies import Policy
+from attention.result import Certificate
+from attention.sampled import Sampled
+from attention.weights import Softmax
+from hsr import checks
+from hsr.errors import ArgumentError
+
+NAME = "hsr"
+REFUSED = (
+    "position_bias",
+    "softcap",
+    "s_aux",
+    "cache",
+    "output_attentions",
+    "head_mask",
+)  # they change what is computed
+SEEDS = 2**63  # of a policy
+
+
+def register() -> None:
+    """Add the attention implementation "hsr" and its mask function to transformers; again is no harm."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, masks.mask)
+
+
+@torch.compiler.disable
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer: query (B, h, m, d), key and value of `HSRCache` -> (B, m, h, dv), None.
+
+    Raises:
+        ArgumentError: no `HSRCache`; dropout, soft-capped scores, attention sinks, position biases, returned weights or
+            attention that is not causal; a mask other than of left padding, or gradients, where attention is sparse.
+    """
+    layer = masks.noted(key)
+    if not isinstance(layer, HSRLayer | WindowLayer):
+        raise ArgumentError(f'past_key_values must be an HSRCache with "hsr" attention; got keys {_origin(key)}')
+    wrong = [name for name in REFUSED if options.get(name) not in (None, False)] + ["dropout"] * (dropout > 0)
+    if wrong:
+        raise ArgumentError(f'{wrong[0]} must be left out: "hsr" attention does not support it')
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise ArgumentError('is_causal must be true: "hsr" attention serves causal layers alone')
+    if isinstance(layer, HSRLayer) and options.get("sliding_window") is not None:
+        raise ArgumentError("sliding_window must be None in a layer that the cache takes for one with full attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layer.attend(module, query, attention_mask, masks.seen(attention_mask), scaling=scale), None
+
+
+def _origin(key: torch.Tensor) -> str:
+    return f"of shape {tuple(key.shape)} from elsewhere"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What sparse decode steps read.
+
+    Attributes:
+        keys: keys that could have been read, summed over steps, layers, sequences and query heads.
+        reported: keys that were.
+        steps: steps counted, of the layer that has most: all of them, but the last alone where a step is one launch on
+            a GPU.
+        certificates: of the last step, one for each layer, arrays (B, h, 1); None of a layer without.
+    """
+
+    keys: int
+    reported: int
+    steps: int
+    certificates: list[Certificate | None]
+
+    @property
+    def share(self) -> float:
+        """Of the keys, how many were read; 1 where no step was sparse."""
+        return self.reported / self.keys if self.keys else 1.0
+
+
+class HSRCache(Cache):
+    """Keys and values of a model's layers, and what attends to them.
+
+    Serves batches with left padding, beam search and sampling, prompts in chunks, prefixes that are used again (by
+    `copy.deepcopy`, or by `crop`), and passes of up to 16 tokens over a cache row by row.  A policy with a seed gets
+    another one in every layer.  On a GPU float16 and bfloat16, widths 64, 128 and 256.
+
+    Args:
+        config: of a model whose attn_implementation is "hsr".
+        decode: policy of passes of one token, see `attention.DecodeSession`, or one for each layer; None is dense.
+        prefill: policy of longer ones, see `attention.prefill`, or one for each layer; None is dense.
+        dense_layers: layers that are always dense.
+        dense_below: tokens (padding included) below which attention is dense, to the bit as with "sdpa". "auto" tries:
+            a layer's steps, from 1,024 tokens on and again whenever they have doubled, are timed beside dense ones
+            until they are faster; prompts are by trials of one as long.  Outputs then depend on the clock: give a
+            number where they must be the same in every run.
+
+    Raises:
+        ArgumentError: a model without "hsr" attention, with layers of another kind than full or sliding-window
+            attention, or soft-capped scores; policies that cannot serve; a number of policies other than of layers.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        decode: Policy | Sampled | Sequence[Any] | Any = None,
+        prefill: Any = None,
+        dense_layers: Collection[int] = (),
+        dense_below: int | str = "auto",
+    ) -> None:
+        self._config = config.get_text_config(decoder=True)
+        self._check_attention()
+        if getattr(self._config, "attn_logit_softcapping", None) is not None:
+            raise ArgumentError(
+                f'config must not soft-cap scores, which "hsr" attention does not support; got '
+                f"attn_logit_softcapping={self._config.attn_logit_softcapping}"
+            )
+        if dense_below != "auto":
+            checks.whole("dense_below", dense_below, 0)
+        kinds = DynamicCache(config=self._config).layers
+        least = None if dense_below == "auto" else int(dense_below)
+        steps, prompts = _each("decode", decode, len(kinds)), _each("prefill", prefill, len(kinds))
+        for name, policies, fits in (("decode", steps, _decodes), ("prefill", prompts, _prefills)):
+            for policy in policies:
+                if policy is not None:
+                    fits(name, policy)
+        always = {checks.whole("dense_layers", layer, 0, len(kinds) - 1) for layer in dense_layers}
+        trials = PromptTrials()
+        layers: list[Any] = []
+        for number, (kind, step, prompt) in enumerate(zip(kinds, steps, prompts, strict=True)):
+            if _is_full(kind, number, self._config):
+                served = [None if number in always else _seeded(policy, number) for policy in (step, prompt)]
+                layers.append(HSRLayer(served[0], served[1], least, trials))
+            else:
+                assert isinstance(kind, DynamicSlidingWindowLayer)
+                layers.append(WindowLayer(kind.sliding_window))
+        super().__init__(layers=layers)
+
+    def _check_attention(self) -> None:
+        found = self._config._attn_implementation
+        if found != NAME:
+            raise ArgumentError(f'attn_implementation must be "{NAME}" with an HSRCache; got {found!r}')
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Cache.update`; ArgumentError where the model's attention was changed to another than "hsr"."""
+        self._check_attention()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def report(self) -> Reading:
+        """What the sparse steps so far read; on a GPU it waits for them."""
+        served = [layer.steps if isinstance(layer, HSRLayer) else None for layer in self.layers]
+        running = [steps for steps in served if steps is not None]
+        return Reading(
+            sum(steps.keys for steps in running),
+            sum(steps.reported() for steps in running),
+            max((steps.steps for steps in running), default=0),
+            [None if steps is None else steps.certificate() for steps in served],
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HSRCache:
+        """The layers in other memory, with the same policies."""
+        cache = HSRCache.__new__(HSRCache)
+        vars(cache).update(vars(self))
+        cache.layers = [copy.deepcopy(layer, memo) for layer in self.layers]
+        return cache
+
+
+def _each(name: str, policies: Any, layers: int) -> list[Any]:
+    """One policy for every layer."""
+    if not isinstance(policies, Sequence):
+        return [policies] * layers
+    if len(policies) != layers:
+        raise ArgumentError(f"{name} must be a policy, or one for each of {layers} layers; got {len(policies)}")
+    return list(policies)
+
+
+def _decodes(name: str, policy: Any) -> None:
+    """ArgumentError unless the policy chooses keys row by row."""
+    Plan(Softmax(), policy, None)
+
+
+def _prefills(name: str, policy: Any) -> None:
+    """ArgumentError unless the policy serves prompts."""
+    if not is_policy(policy) or is_stepwise(policy):
+        raise ArgumentError(f"{name} must be a policy of attention.prefill; got {policy!r}")
+
+
+def _seeded(policy: Any, layer: int) -> Any:
+    """The policy with a seed of this layer's, if it has one."""
+    seed = getattr(policy, "seed", None)
+    return policy if seed is None else dataclasses.replace(policy, seed=(seed + layer) % SEEDS)
+
+
+def _is_full(kind: Any, number: int, config: Any) -> bool:
+    """Whether a layer that transformers would hold in ``kind`` has full attention; else it has a sliding window."""
+    named = (getattr(config, "layer_types", None) or [""] * (number + 1))[number]
+    if type(kind) is DynamicLayer or (type(kind) is DynamicSlidingWindowLayer and named != "chunked_attention"):
+        return type(kind) is DynamicLayer
+    raise ArgumentError(
+        f"config must have layers of full or sliding-window attention; got {named or type(kind).__name__} at {number}"
+    )
