@@ -105,11 +105,15 @@ def check(
 def explain(
     file: Annotated[Path, typer.Argument(metavar="FILE.npz", help="Arrays of keys, and of queries and values if any.")],
     keys: Annotated[str | None, typer.Option(metavar="NAME", help="Array of the keys; by default k or keys.")] = None,
-    queries: Annotated[str | None, typer.Option(metavar="NAME", help="Of the queries; by default q or queries.")] = None,
+    queries: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the queries; by default q or queries.")
+    ] = None,
     values: Annotated[str | None, typer.Option(metavar="NAME", help="Of the values; by default v or values.")] = None,
     layer: Annotated[int, typer.Option(min=0, help="Of arrays with four axes, which of the first to take.")] = 0,
     head: Annotated[int, typer.Option(min=0, help="Key-value head that index methods are measured on.")] = 0,
-    causal: Annotated[bool, typer.Option("--causal", help="Queries are the last positions; none sees later keys.")] = False,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Queries are the last positions; none sees later keys.")
+    ] = False,
     scale: Annotated[float | None, typer.Option(help="Of the scores; by default 1 / sqrt(d).")] = None,
     probes: Annotated[int, typer.Option(min=1, help="Most queries a head to look at.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the queries that are made where none are given.")] = 0,
@@ -120,3 +124,67 @@ def explain(
         "explain", file=file, keys=keys, queries=queries, values=values, layer=layer, head=head, causal=causal,
         scale=scale, probes=probes, seed=seed, save=save,
     )  # fmt: skip
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="smollm2 (packaged), a folder, a name that transformers knows, or a .gguf file."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What the text begins with; after --prompt-file's.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Text of a long prompt.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn, by the model's template.")] = False,
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Which keys a step reads; see --list.")] = "sampled",
+    eps: Annotated[str | None, typer.Option(metavar="X", help="Error that the policy may make.")] = None,
+    budget: Annotated[str | None, typer.Option(metavar="N", help="Keys of a step.")] = None,
+    r: Annotated[str | None, typer.Option("--r", metavar="N", help="Keys of topr and top-oracle.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any option of the policy; see --list.")
+    ] = None,
+    prefill: Annotated[str, typer.Option(metavar="NAME", help="What the prompt's rows read; see --list.")] = "dense",
+    prefill_settings: Annotated[
+        list[str] | None, typer.Option("--prefill-set", metavar="NAME=VALUE", help="Any option of that one.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to make at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the text; 0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the text's draws and the policies'.")] = 0,
+    dense_below: Annotated[
+        str, typer.Option(metavar="N", help="Tokens below which attention is dense; auto: until it is slower.")
+    ] = "0",
+    dense_layers: Annotated[
+        list[int] | None, typer.Option("--dense-layer", min=0, help="A layer that is always dense.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    gguf: Annotated[str | None, typer.Option(metavar="FILE", help="GGUF file in MODEL's folder or repository.")] = None,
+    stretch: Annotated[
+        bool, typer.Option("--stretch", help="Scale rotary embeddings (YaRN) where the text exceeds the context.")
+    ] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Only list the policies and their options.")] = False,
+    html: Html = None,
+) -> None:
+    """A language model writes; beside the text, what share of the keys it read and what is certain of its error."""
+    run(
+        "generate",
+        model=model,
+        prompt=prompt,
+        prompt_file=prompt_file,
+        chat=chat,
+        policy=policy,
+        prefill=prefill,
+        options={"eps": eps, "budget": budget, "r": r},
+        settings=settings or [],
+        prefill_settings=prefill_settings or [],
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        dense_below=dense_below,
+        dense_layers=dense_layers or [],
+        device=device,
+        dtype=dtype,
+        gguf=gguf,
+        stretch=stretch,
+        listed=listed,
+        html=html,
+    )
