@@ -33,6 +33,8 @@ def run(command: str, **options: Any) -> None:
         if (missing.name or "").partition(".")[0] in ("hsr", "attention", "gpu", "proofs_checks", "benchmarks"):
             raise
         refuse(command, f"needs the package {missing.name}: pip install '.[demo]'")
+    except OSError as fault:
+        refuse(command, str(fault))
     except Exception as fault:
         from benchmarks.gate import WrongAnswer
         from hsr.errors import HsrError

@@ -62,7 +62,8 @@ def run(
     steps = policies.policy("decode", policy, given(options, settings, seed, policy))
     rows = policies.policy("prefill", prefill, given({}, prefill_settings, seed, prefill))
     below = least(dense_below)
-    with terminal.aside().status(f"loading {model}"):
+    with terminal.spinner() as bar:
+        bar.add_task(f"loading {model}")
         reader = language_model.tokenizer(model, gguf)
         ids = language_model.encoded(reader, text, chat)
         network = language_model.loaded(model, gguf, device, dtype, len(ids) + tokens, stretch)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
@@ -38,6 +39,8 @@ def source(model: str, gguf: str | None) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             raise ArgumentError(f"MODEL must be a file that exists where it ends with .gguf; got {model}")
         found, options = str(path.parent), {"gguf_file": path.name}
+    elif model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ArgumentError(f"MODEL must be a folder that exists where it is written as a path; got {model}")
     else:
         found, options = model, {} if gguf is None else {"gguf_file": gguf}
     for package in ("gguf", "accelerate") if options else ():
@@ -50,6 +53,7 @@ def tokenizer(model: str, gguf: str | None) -> Any:
     """The model's tokenizer."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     found, options = source(model, gguf)
     try:
         return AutoTokenizer.from_pretrained(found, **options)

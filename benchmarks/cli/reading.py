@@ -18,7 +18,7 @@ from benchmarks.cli.decoding import Step
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIDE = 46  # columns beside the text
+SIDE, BESIDE = 52, 100  # columns of the figures, and of a terminal that has room for them beside the text
 HOLDS = {
     "exact": "exact: nothing was dropped",
     "deterministic": "deterministic: holds for every input",
@@ -82,11 +82,8 @@ def rows(setting: Setting, steps: Sequence[Step]) -> list[tuple[str, str]]:
                 "dropped mass, at most",
                 "made up for by the sample's weights" if math.isnan(dropped) else number(dropped),
             ),
-            ("relative error bound, median", number(float(np.median([bound.relative[0] for bound in bounds])))),
-            (
-                "relative error bound, last step",
-                f"{number(bounds[-1].relative[0])}, worst {number(bounds[-1].relative[1])}",
-            ),
+            ("error bound, median", f"{number(float(np.median([bound.relative[0] for bound in bounds])))}, relative"),
+            ("error bound, last step", f"{number(bounds[-1].relative[0])}, worst {number(bounds[-1].relative[1])}"),
         ]
     if steps:
         found.append(("prompt, s", f"{steps[0].seconds:.2f}"))
@@ -102,7 +99,7 @@ def number(value: float) -> str:
 
 def view(text: str, found: Sequence[tuple[str, str]], width: int, height: int) -> RenderableType:
     """The end of the text, and the figures beside it, or below where there is no room."""
-    wide = width >= 2 * SIDE + 10
+    wide = width >= BESIDE
     across = max(20, (width - SIDE if wide else width) - 4)
     figures = Table.grid(padding=(0, 1))
     for name, shown in found:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 WIDE = 160  # columns of what goes to a file or a pipe, so that no table is cut
 
@@ -25,20 +33,15 @@ def _console(seen: bool, *, stderr: bool) -> Console:
 
 
 def progress() -> Progress:
-    """Bars that vanish when they are done: a description, steps done of all, the time."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=aside(),
-        transient=True,
-        refresh_per_second=4,
-    )
+    """Bars on stderr that vanish when they are done: a description, steps done of all, the time."""
+    return _bars(TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def spinner() -> Progress:
     """The same for work of unknown length."""
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=aside(), transient=True
-    )
+    return _bars(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+
+
+def _bars(*columns: ProgressColumn) -> Progress:
+    console = aside()
+    return Progress(*columns, console=console, transient=True, refresh_per_second=4, disable=not console.is_terminal)
