@@ -38,6 +38,7 @@ CASES = {  # name -> module with rows(quick, note), an iterable of dicts with eq
     "prefill-gpu": "benchmarks.prefill_gpu_case",
     "prefill-accuracy": "benchmarks.prefill_accuracy_case",
     "leaderboard": "benchmarks.leaderboard_case",
+    "end-to-end": "benchmarks.end_to_end_case",
 }
 PACKAGES = ("hsr-attention", "numpy", "scipy", "numba", "faiss-cpu", "torch", "triton", "transformers")
 ROOT = Path(__file__).resolve().parents[1]

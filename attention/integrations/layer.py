@@ -45,13 +45,13 @@ class HSRLayer(CacheLayerMixin):
         self.steps: Steps | None = None  # what serves decode steps; None while they are dense
         self._held: tuple[HeldRows, HeldRows] | None = None  # `Fused` steps hold the rows themselves
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None  # rows that fused steps take in
-        self._n = self._batch = self._retry = 0  # the last: tokens from which steps are tried again
+        self._n = self.batch = self._retry = 0  # the last: tokens from which steps are tried again
         self._seen = Seen()  # the padding that steps know of
         self._queries: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Note dtype, device and batch."""
-        self.dtype, self.device, self._batch = key_states.dtype, key_states.device, len(key_states)
+        self.dtype, self.device, self.batch = key_states.dtype, key_states.device, len(key_states)
         self.is_initialized = True
 
     @property
@@ -67,7 +67,7 @@ class HSRLayer(CacheLayerMixin):
     def _view(self, which: int) -> torch.Tensor | None:
         if isinstance(self.steps, Fused):
             return self.steps.rows(which)
-        return None if self._held is None else self._held[which].rows.unflatten(0, (self._batch, -1))
+        return None if self._held is None else self._held[which].rows.unflatten(0, (self.batch, -1))
 
     @torch.compiler.disable
     def update(
@@ -82,8 +82,8 @@ class HSRLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self._pending is not None:
             raise ArgumentError('attn_implementation must be "hsr" with an HSRCache; the last step attended elsewhere')
-        if len(key_states) != self._batch:
-            raise ArgumentError(f"key_states must have the cache's batch {self._batch}; got {len(key_states)}")
+        if len(key_states) != self.batch:
+            raise ArgumentError(f"key_states must have the cache's batch {self.batch}; got {len(key_states)}")
         self._n += key_states.shape[2]
         if isinstance(self.steps, Fused) and key_states.shape[2] <= ROWS:
             self._pending = key_states, value_states
@@ -242,18 +242,18 @@ class HSRLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self._select([sequence for sequence in range(self._batch) for _ in range(repeats)])
+        self._select([sequence for sequence in range(self.batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Go on with the sequences indices, (B',) int64 or (B,) bool."""
         self._select(indices.nonzero()[:, 0].tolist() if indices.dtype == torch.bool else indices.tolist())
 
     def _select(self, sequences: Sequence[int]) -> None:
-        if self._n == 0 or list(sequences) == list(range(self._batch)):
+        if self._n == 0 or list(sequences) == list(range(self.batch)):
             return
         self._take_back()
         for held in self._held or ():
-            heads = len(held.rows) // self._batch
+            heads = len(held.rows) // self.batch
             which = torch.tensor(sequences, device=held.rows.device)[:, None] * heads
             held.select((which + torch.arange(heads, device=which.device)).flatten())
         if self.steps is not None and not self.steps.select(sequences):
@@ -262,7 +262,7 @@ class HSRLayer(CacheLayerMixin):
             self._seen = Seen(tuple(self._seen.lefts[sequence] for sequence in sequences))
         if self._queries is not None:
             self._queries = self._queries[list(sequences)]
-        self._batch = len(sequences)
+        self.batch = len(sequences)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HSRLayer:
         """The rows in other memory; steps are made anew where they are needed."""

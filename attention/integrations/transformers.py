@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.modeling_utils import AttentionInterface
 from attention.engine import Plan, is_policy, is_stepwise
 from attention.integrations import masks
 from attention.integrations.layer import HSRLayer, WindowLayer
+from attention.integrations.steps import Fused
 from attention.integrations.trial import PromptTrials
 from attention.policies import Policy
 from attention.result import Certificate
@@ -189,6 +190,33 @@ class HSRCache(Cache):
             max((steps.steps for steps in running), default=0),
             [None if steps is None else steps.certificate() for steps in served],
         )
+
+    @property
+    def batch(self) -> int:
+        """Sequences; 0 before the first pass."""
+        return max((layer.batch for layer in self.layers if isinstance(layer, HSRLayer)), default=0)
+
+    def reserve(self, room: int) -> int:
+        """Make room for so many tokens in every layer, whose steps must be one launch each; the room that they have.
+
+        Raises:
+            ArgumentError: a layer whose steps are not.
+        """
+        for steps in self._fused():
+            steps.cache.reserve(room)
+        return min(steps.cache.room for steps in self._fused())
+
+    def _fused(self) -> Iterator[Fused]:
+        for number, layer in enumerate(self.layers):
+            if not isinstance(layer, HSRLayer) or not isinstance(layer.steps, Fused):
+                raise ArgumentError(f"decode must be Sampled(budget=...) on a GPU, and begun; layer {number} has not")
+            yield layer.steps
+
+    def advance(self, count: int) -> None:
+        """Note tokens that replays of a CUDA graph took in, or, below zero, that its capture did not."""
+        for layer in self.layers:
+            if isinstance(layer, HSRLayer):
+                layer.advance(count)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HSRCache:
         """The layers in other memory, with the same policies."""

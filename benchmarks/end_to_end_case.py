@@ -1,0 +1,340 @@
+"""Case ``end-to-end``: whole models on the GPU, tokens per second and seconds of a prompt, dense beside ours.
+
+A step is one CUDA graph of the model's forward pass, B = 1, weights and logits included.  Dense: a static cache at a
+fixed length, attended to by whichever of torch's kernels and FlashAttention-3 is fastest there (``dense_best``).  Ours:
+`HSRCache(decode=Sampled(budget=...))` by `CapturedSteps`, whose cache grows.  Norms, MLPs and rotary embeddings are
+compiled by torch in both, alike; beside the attention nothing differs.  Prompts run eagerly: dense with the fastest
+kernel, ours with `BlockSampled` at a tenth of the pairs, and then the codes for decoding (``codes_s``).
+
+``llama-8b-shaped`` is Llama-3.1-8B's shape with LAYERS layers of random weights and its whole vocabulary;
+``without the head`` has 4 / 32 of the vocabulary's matrix, as many layers' share of it.  Where a prompt is too long to
+be read in reasonable time (PROMPTS), keys and values are the last prompt's, repeated.  The gate: ours over all keys has
+the dense logits.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama import modeling_llama
+
+from attention import BlockSampled, Sampled
+from attention.integrations.captured import CapturedSteps
+from attention.integrations.transformers import NAME, HSRCache, register
+from benchmarks import decode_gpu_case
+from benchmarks.dense_prefill import KERNELS
+from benchmarks.gate import WrongAnswer
+from benchmarks.ledger import Row
+from benchmarks.measure import Timing
+from benchmarks.replays import launched, replayed
+
+DEVICE = decode_gpu_case.DEVICE
+HERE, DTYPE = "cuda", torch.bfloat16
+LAYERS = 4
+LENGTHS, QUICK_LENGTHS = tuple(1 << k for k in range(10, 20)), (1024, 8192)
+PROMPTS = 1 << 18  # tokens of the longest prompt that is read
+DENSITY = 0.1
+REPLAYS = 25
+SETTING = decode_gpu_case.SETTINGS[0]
+GATE, LARGEST = 3000, 0.03  # tokens, and the relative distance of logits
+DENSE = "dense best"
+ROTARY = modeling_llama.apply_rotary_pos_emb
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of random weights."""
+
+    name: str
+    config: dict[str, Any]
+
+    def model(self) -> Any:
+        """In bfloat16 on the GPU, its parts beside the attention compiled."""
+        torch.manual_seed(0)
+        config = LlamaConfig(**self.config, max_position_embeddings=1 << 20)
+        with torch.device(HERE):
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation=NAME).eval()
+        compiled(model)
+        return model
+
+
+LLAMA = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": LAYERS, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+SHAPES = (
+    Shape("llama-8b-shaped", LLAMA | {"vocab_size": 128256}),
+    Shape("llama-8b-shaped, without the head", LLAMA | {"vocab_size": 16032}),
+    Shape(
+        "smollm2-135m-shaped",
+        {
+            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+        },
+    ),
+)  # fmt: skip
+
+
+Held = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer
+
+
+class DenseLayer(CacheLayerMixin):
+    """A static cache of a fixed length: prompts fill it, a token overwrites its last place."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.keys, self.values = k, v
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hold a prompt, or write a token."""
+        if self.keys is None or self.values is None or key_states.shape[2] > 1:
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All of it."""
+        return self.get_seq_length() if query_length == 1 else query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Its length, from the first prompt on."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def get_max_length(self) -> int:
+        """None."""
+        return -1
+
+
+class DenseCache(Cache):
+    """Of all layers: empty, or holding keys and values (1, g, n, d) of each."""
+
+    def __init__(self, layers: int, held: Held = ()) -> None:
+        self._layers = [DenseLayer(*rows) for rows in held] or [DenseLayer() for _ in range(layers)]
+        super().__init__(layers=list(self._layers))
+
+    def held(self) -> Held:
+        """What it holds."""
+        return [
+            (layer.keys, layer.values) for layer in self._layers if layer.keys is not None and layer.values is not None
+        ]
+
+
+def _sdpa(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def _flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    found = flash_attn_with_kvcache(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
+    output: torch.Tensor = found[0] if isinstance(found, tuple) else found
+    return output.transpose(1, 2)
+
+
+STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "sdpa cudnn": lambda q, k, v: _sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v),
+    "sdpa flash": lambda q, k, v: _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v),
+    "flash-attention 3": _flash3,
+}
+
+
+class DenseKernels:
+    """The attention implementation DENSE: kernels by name, of steps and of prompts."""
+
+    step = prompt = "sdpa cudnn"
+
+    @classmethod
+    def attention(
+        cls, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """As transformers calls it."""
+        if query.shape[2] == 1:
+            return STEPS[cls.step](query, key, value).transpose(1, 2).contiguous(), None
+        return KERNELS[cls.prompt](query, key, value)().transpose(1, 2).contiguous(), None
+
+
+def compiled(model: Any) -> None:
+    """Compile what lies beside the attention."""
+    for module in model.modules():
+        if type(module).__name__.endswith(("RMSNorm", "MLP")):
+            module.forward = torch.compile(module.forward, dynamic=False)
+    if modeling_llama.apply_rotary_pos_emb is ROTARY:
+        modeling_llama.apply_rotary_pos_emb = torch.compile(ROTARY, dynamic=False)
+
+
+def missing() -> str | None:
+    """What this case needs and has not."""
+    return None if torch.cuda.is_available() else "end-to-end needs an NVIDIA GPU, and torch and triton built for it"
+
+
+@torch.no_grad()
+def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
+    """A row for every model and length."""
+    register()
+    AttentionInterface.register(DENSE, DenseKernels.attention)
+    AttentionMaskInterface.register(DENSE, lambda **_: None)
+    torch._dynamo.config.recompile_limit = 64  # prompts of many lengths
+    for shape in SHAPES:
+        model = shape.model()
+        gate(model)
+        held: Held = ()
+        for n in QUICK_LENGTHS if quick else LENGTHS:
+            try:
+                row, held = measured(shape, model, n, held, note)
+            except torch.cuda.OutOfMemoryError:
+                note(f"{shape.name} at {n}: out of memory")
+                break
+            yield row
+            gc.collect()
+            torch.cuda.empty_cache()
+        del model, held
+
+
+def tokens(model: Any, n: int) -> torch.Tensor:
+    """(1, n) random tokens."""
+    return torch.randint(model.config.vocab_size, (1, n), device=HERE, generator=torch.Generator(HERE).manual_seed(n))
+
+
+def gate(model: Any) -> None:
+    """WrongAnswer unless a captured step of ours over all keys has the logits of a dense one."""
+    ids = tokens(model, GATE + 2)
+    dense = dense_cache(model, ids[:, : GATE + 1])
+    wanted = forward(model, dense, ids[:, GATE : GATE + 1], GATE)
+    model.set_attn_implementation(NAME)
+    cache = HSRCache(model.config, decode=Sampled(budget=float(2 * GATE)), dense_below=0)
+    model(input_ids=ids[:, : GATE - 1], past_key_values=cache, logits_to_keep=1)
+    model(input_ids=ids[:, GATE - 1 : GATE], past_key_values=cache)
+    found = CapturedSteps(model, cache)(ids[:, GATE : GATE + 1])
+    off = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    if not off < LARGEST:
+        raise WrongAnswer(f"logits of steps over all keys differ by {off} of their length")
+
+
+def dense_cache(model: Any, ids: torch.Tensor) -> DenseCache:
+    """A static cache filled by a dense prompt."""
+    model.set_attn_implementation(DENSE)
+    cache = DenseCache(model.config.num_hidden_layers)
+    model(input_ids=ids, past_key_values=cache, position_ids=places(0, ids.shape[1]), logits_to_keep=1)
+    return cache
+
+
+def forward(model: Any, cache: Cache, token: torch.Tensor, place: int) -> torch.Tensor:
+    """Logits (1, vocabulary) of a dense step."""
+    found: torch.Tensor = model(
+        input_ids=token, past_key_values=cache, position_ids=places(place, place + 1)
+    ).logits[:, -1]  # fmt: skip
+    return found
+
+
+def places(first: int, last: int) -> torch.Tensor:
+    """(1, last - first)."""
+    return torch.arange(first, last, device=HERE)[None]
+
+
+def measured(shape: Shape, model: Any, n: int, held: Held, note: Callable[[str], None]) -> tuple[Row, Held]:
+    """The row of one length, and keys and values of its prompt, or those of the last one repeated."""
+    row: Row = {"model": shape.name, "layers": model.config.num_hidden_layers, "n": n}
+    ids, read = tokens(model, n), n <= PROMPTS
+    best: dict[str, float] = {}
+    if read:
+        for name in KERNELS:
+            DenseKernels.prompt = name
+            try:
+                best[name] = prompt_seconds(lambda: dense_cache(model, ids))
+            except Exception as error:  # a kernel that does not serve this shape
+                note(f"{shape.name} at {n}: {name}: {type(error).__name__}")
+        DenseKernels.prompt = min(best, key=lambda name: best[name])
+        held = dense_cache(model, ids).held()
+    else:
+        held = [(torch.cat([k, k], 2), torch.cat([v, v], 2)) for k, v in held]
+    row |= dense_steps(model, n, held)
+    row |= {"dense_prompt": DenseKernels.prompt if read else None, "dense_prefill_s": min(best.values(), default=None)}
+    budget = SETTING.draws(model.config.head_dim, n).budget
+    row |= our_steps(model, ids, held, read, budget)
+    assert isinstance(row["step_ms"], float) and isinstance(row["dense_step_ms"], float)
+    row["speedup"] = row["dense_step_ms"] / row["step_ms"]
+    row["prefill_speedup"] = None if not read else row["dense_prefill_s"] / (row["prefill_s"] + row["codes_s"])  # type: ignore[operator]
+    return row, held
+
+
+def prompt_seconds(call: Callable[[], object]) -> float:
+    """Of the second call; the first may compile."""
+    call()
+    return launched(call, 1).median
+
+
+def dense_steps(model: Any, n: int, held: Held) -> Row:
+    """The fastest kernel's step."""
+    model.set_attn_implementation(DENSE)
+    cache = DenseCache(len(held), held)
+    token = tokens(model, 1)
+    found: dict[str, Timing] = {}
+    for name in STEPS:
+        DenseKernels.step = name
+        try:
+            forward(model, cache, token, n)
+            forward(model, cache, token, n)
+            found[name] = replayed(lambda: forward(model, cache, token, n), REPLAYS)
+        except Exception:  # a kernel that does not serve this shape
+            continue
+    best = min(found, key=lambda name: found[name].median)
+    step = 1e3 * found[best].median
+    return {"dense_best": best, "dense_step_ms": step, "dense_tokens_per_s": 1e3 / step}
+
+
+def our_steps(model: Any, ids: torch.Tensor, held: Held, read: bool, budget: float) -> Row:
+    """Ours: the prompt, the codes, steps."""
+    n = ids.shape[1]
+    model.set_attn_implementation(NAME)
+    decode, prompt = Sampled(budget=budget, bytes_per_key=SETTING.row[model.config.head_dim]), None
+    if read and n >= 4096:
+        prompt = BlockSampled(density=DENSITY)
+    row: Row = {"budget": budget, "density": None if prompt is None else DENSITY, "prefill_s": None}
+    if read:
+
+        def run() -> HSRCache:
+            cache = HSRCache(model.config, decode=decode, prefill=prompt, dense_below=0)
+            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            return cache
+
+        row["prefill_s"] = prompt_seconds(run)
+        cache = run()
+    else:
+        cache = HSRCache(model.config, decode=decode, dense_below=0)
+        for number, (k, v) in enumerate(held):
+            cache.update(k, v, number)
+    token = tokens(model, 1)
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    model(input_ids=token, past_key_values=cache)
+    torch.cuda.synchronize()
+    row["codes_s"] = time.perf_counter() - begun
+    model(input_ids=token, past_key_values=cache)
+    steps = CapturedSteps(model, cache, n + 2 * REPLAYS + 64)
+    steps(token)
+    step = launched(lambda: steps(token), 2 * REPLAYS)
+    row["share"] = cache.report().share
+    return row | {
+        "step_ms": 1e3 * step.median, "spread_ms": 1e3 * step.spread, "tokens_per_s": 1 / step.median,
+    }  # fmt: skip
