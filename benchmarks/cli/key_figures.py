@@ -38,7 +38,7 @@ def mass(found: Sequence[Concentration]) -> Figure:
         axis.plot(np.arange(1, len(head.curve) + 1), head.curve, color=BLUE, alpha=_faint(len(found)))
     for share in (0.9, 0.99):
         axis.axhline(share, color=GREY, linewidth=0.8, linestyle=":")
-        axis.text(1, share, f"{share:.0%}", va="bottom", fontsize=8, color="0.35")
+        axis.text(1, share, f"{share:.0%}", va="top", fontsize=8, color="0.35")
     axis.set(xscale="log", ylim=(0, 1.02), xlabel="best keys of a query", ylabel="attention mass they hold, mean")
     return figure
 

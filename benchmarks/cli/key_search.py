@@ -30,6 +30,7 @@ class Cost(NamedTuple):
     k: int
     contender: str
     milliseconds: float  # per query, one query a call; the median round
+    spread: float  # of the rounds, between their quartiles
     scanned: float  # share of the keys read at full precision
     visited: float  # bounds evaluated per key
 
@@ -63,7 +64,7 @@ def built(keys: np.ndarray, advance: Callable[[str], None]) -> Methods:
 
 def sizes(n: int) -> dict[str, int]:
     """How many of n keys are reported, by rule, fewest first."""
-    found = {rule: max(1, round(share * n)) for rule, share in SHARES.items()} | {PAPER: RULES[PAPER].keys(n)}
+    found = {rule: max(1, int(share * n)) for rule, share in SHARES.items()} | {PAPER: RULES[PAPER].keys(n)}
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
@@ -96,7 +97,7 @@ def costs(keys: np.ndarray, queries: np.ndarray, indexes: Mapping[str, HSRIndex]
         if name in indexes:
             report = indexes[name].query(queries, thresholds)
             scanned, visited = (float(part.mean()) / len(keys) for part in (report.scanned, report.visited))
-        found.append(Cost(rule, k, name, timing.median * 1e3, scanned, visited))
+        found.append(Cost(rule, k, name, timing.median * 1e3, timing.spread * 1e3, scanned, visited))
     return found
 
 

@@ -171,7 +171,7 @@ def test_a_statement_that_fails_is_status_1(monkeypatch: pytest.MonkeyPatch) -> 
     check = discover()[NAME]
     faulty = dataclasses.replace(check, operations={"bad": next(iter(check.faults.values()))})
     monkeypatch.setattr("benchmarks.cli.check.discover", lambda: {NAME: faulty})
-    status, out, _ = invoked("check", "--examples", "5")
+    status, out, _ = invoked("check", "--examples", "100")
     assert status == 1
     assert "FAILS" in out
     assert "1 checks, 1 failed" in out
