@@ -33,6 +33,8 @@ def run(command: str, **options: Any) -> None:
         if (missing.name or "").partition(".")[0] in ("hsr", "attention", "gpu", "proofs_checks", "benchmarks"):
             raise
         refuse(command, f"needs the package {missing.name}: pip install '.[demo]'")
+    except BrokenPipeError:  # who reads our output has read enough
+        raise
     except OSError as fault:
         refuse(command, str(fault))
     except Exception as fault:
@@ -97,10 +99,11 @@ def bench(
 def check(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Statements; none means all.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Random inputs per check, in place of its own.")] = None,
+    constants: Annotated[bool, typer.Option("--constants", help="Show the largest constants that were met.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Only list the statements.")] = False,
 ) -> None:
     """Check the theorems against the library; exit status 1 if one fails."""
-    run("check", names=names or [], examples=examples, listed=listed)
+    run("check", names=names or [], examples=examples, constants=constants, listed=listed)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from proofs_checks.__main__ import Outcome, outcomes
 from proofs_checks.check import Check, discover
 
 
-def run(names: Sequence[str], examples: int | None, listed: bool) -> int:
+def run(names: Sequence[str], examples: int | None, constants: bool, listed: bool) -> int:
     """Check the named statements, or all; status 1 where one fails."""
     checks = discover()
     unknown = [name for name in names if name not in checks]
@@ -32,7 +32,7 @@ def run(names: Sequence[str], examples: int | None, listed: bool) -> int:
             for outcome in outcomes(name, check, examples):
                 found.append(outcome)
                 bar.advance(task)
-    console.print(verdicts(found))
+    console.print(verdicts(found, constants))
     failed = sum(outcome.failed for outcome in found)
     console.print(f"{len(found)} checks, {failed} failed")
     return int(failed > 0)
@@ -46,18 +46,18 @@ def listing(checks: Mapping[str, Check]) -> Table:
     return table
 
 
-def verdicts(found: Sequence[Outcome]) -> Table:
+def verdicts(found: Sequence[Outcome], constants: bool) -> Table:
     """A line for each statement and operation."""
-    table = Table("statement", "operation", "evidence", "verdict", "largest constants met", "s")
+    table = Table("statement", "operation", "evidence", "verdict", "s", *["largest constants met"] * constants)
     for outcome in found:
-        constants = "; ".join(f"{name}: {value:.4g}" for name, value in outcome.constants.items())
+        met = "; ".join(f"{name}: {value:.4g}" for name, value in outcome.constants.items())
         style = "red bold" if outcome.failed else "green" if outcome.status == "holds" else "yellow"
         table.add_row(
             Text(outcome.check.statement),
             outcome.operation,
             outcome.check.evidence,
             Text(outcome.status, style=style),
-            Text(constants),
             f"{outcome.seconds:.1f}",
+            *[Text(met)] * constants,
         )
     return table

@@ -84,7 +84,7 @@ def steps(
             for hook in hooks:
                 hook.remove()
         after = cache.report()
-        yield Step(token, seconds, *_read(before, after), _bound(after.certificates))
+        yield Step(token, seconds, *read(before, after), _bound(after.certificates))
         if token in ends:
             return
         before, fed = after, torch.tensor([[token]], device=model.device)
@@ -106,7 +106,7 @@ def _chosen(logits: torch.Tensor, temperature: float, draws: torch.Generator) ->
     return int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=draws))
 
 
-def _read(before: Reading, after: Reading) -> tuple[int, int]:
+def read(before: Reading, after: Reading) -> tuple[int, int]:
     """Keys and reported keys of the last pass; a step that is one launch on a GPU is reported alone, not summed."""
     if after.steps > before.steps:
         return after.keys - before.keys, after.reported - before.reported

@@ -26,6 +26,8 @@ from hsr.errors import ArgumentError
 
 PAIRS = 1 << 24  # most (query, key) pairs of a head that are looked at
 LINES = 16  # heads that the terminal shows; reports show all
+PER_HEAD = ("Keys", "Values", "Attention")
+COSTS = "What methods cost"
 MADE_QUERIES = "queries: self-made, keys drawn at random less their mean (seed {seed}); a model's are elsewhere"
 
 
@@ -34,6 +36,7 @@ class Facts(NamedTuple):
 
     said: list[str]
     shapes: list[Shape]  # of key heads
+    values: list[Shape]  # of value heads; none without values
     concentrations: list[Concentration]  # of query heads
     survival: list[Row]  # of the bounds of `benchmarks.pruning_bounds`, means over heads
     methods: Methods
@@ -98,7 +101,8 @@ def described(held: KeySet, head: int, scale: float, probes: int, seed: int) -> 
     said.append(f"looked at: {asked.shape[1]} queries of each of {h} query heads, scores times {scale:.4g}")
     with terminal.progress() as bar:
         rules = key_search.sizes(n)
-        task = bar.add_task("", total=g + h + 1 + 1 + len(rules))
+        stored = [] if held.values is None else list(held.values)
+        task = bar.add_task("", total=g + len(stored) + h + 1 + 1 + len(rules))
 
         def step(name: str) -> None:
             bar.update(task, description=f"{name:24}")
@@ -112,6 +116,7 @@ def described(held: KeySet, head: int, scale: float, probes: int, seed: int) -> 
             return found
 
         shapes = each("keys", g, lambda i: key_facts.shape(held.keys[i]))
+        values = each("values", len(stored), lambda i: key_facts.shape(stored[i]))
         concentrations = each(
             "attention", h, lambda i: key_facts.concentration(asked[i], held.keys[i // (h // g)], limits, scale)
         )
@@ -126,7 +131,7 @@ def described(held: KeySet, head: int, scale: float, probes: int, seed: int) -> 
             step(f"{rule} of the keys")
             costs += key_search.costs(held.keys[head], pairs[head][0], methods.indexes, rule)
             bar.advance(task)
-    return Facts(said, shapes, concentrations, survival, methods, costs, advice(held.keys[head], costs))
+    return Facts(said, shapes, values, concentrations, survival, methods, costs, advice(held.keys[head], costs))
 
 
 def probed(held: KeySet, most: int, seed: int, said: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -160,21 +165,7 @@ def advice(keys: np.ndarray, costs: Sequence[Cost]) -> list[str]:
 
 
 def looks(facts: Facts) -> list[Block]:
-    """Tables of the keys' shapes and of attention to them."""
-    d = len(facts.shapes[0].variances)
-    keys = [
-        [
-            str(i),
-            *(f"{norm:.3g}" for norm in shape.norms),
-            f"{shape.offset:.2f}",
-            f"{shape.effective:.1f} of {d}",
-            f"{shape.variances[0]:.1%}",
-            *(str(shape.axes(share)) for share in (0.9, 0.99)),
-            f"{shape.duplicates:,}",
-            f"{shape.zeros:,}",
-        ]
-        for i, shape in enumerate(facts.shapes)
-    ]
+    """Tables of the keys' shapes, the values' if there are any, and of attention."""
     attention = [
         [
             str(i),
@@ -185,21 +176,41 @@ def looks(facts: Facts) -> list[Block]:
         for i, found in enumerate(facts.concentrations)
     ]
     return [
-        Block(
-            "Keys",
-            ("head", "least norm", "median", "largest", "offset", "effective dimension", "first axis", "axes for 90 %",
-             "for 99 %", "duplicates", "zeros"),
-            keys,
-            "Offset: the mean key's norm over the root mean square norm. Effective dimension: the participation ratio "
-            "of the variances along principal axes; the axes hold so much of the variance.",
-        ),
+        outline("Keys", facts.shapes),
+        *([outline("Values", facts.values)] if facts.values else []),
         Block(
             "Attention",
             ("query head", "perplexity", *(f"keys for {share:.0%}" for share in MASSES), "most for 90%"),
             attention,
             "Medians over queries, and the largest: how many keys hold so much of the softmax mass.",
         ),
-    ]  # fmt: skip
+    ]
+
+
+def outline(title: str, shapes: Sequence[Shape]) -> Block:
+    """Norms, spectrum and repeats, a line for each head."""
+    rows = [
+        [
+            str(i),
+            *(f"{norm:.3g}" for norm in shape.norms),
+            f"{shape.offset:.2f}",
+            f"{shape.effective:.1f} of {len(shape.variances)}",
+            *(f"{share:.1%}" for share in shape.variances[:1]),
+            *(str(shape.axes(share)) for share in (0.9, 0.99)),
+            f"{shape.duplicates:,}",
+            f"{shape.zeros:,}",
+        ]
+        for i, shape in enumerate(shapes)
+    ]
+    norms = ("least norm", "median", "largest")
+    spectrum = ("offset", "effective dimension", "first axis", "axes for 90%", "for 99%")
+    return Block(
+        title,
+        ("head", *norms, *spectrum, "duplicates", "zeros"),
+        rows,
+        "Offset: the mean's norm over the root mean square norm. Effective dimension: the participation ratio of the "
+        "variances along principal axes; so many axes hold 90 and 99 % of the variance.",
+    )
 
 
 def search(facts: Facts, head: int) -> list[Block]:
@@ -239,13 +250,13 @@ def search(facts: Facts, head: int) -> list[Block]:
             "perfect. Balls and boxes of 16 keys, in the order of the file (tokens) or split by axes (kd).",
         ),
         Block(
-            f"What methods cost, head {head}",
+            COSTS,
             ("keys to report", "method", "ms a query", "spread", "keys read", "bounds evaluated"),
             costs,
-            "One query a call: the median round, and the distance between the quartiles. Keys read in full precision "
-            "and bounds evaluated, over the number of keys. numpy and faiss score every key, in float32.",
+            f"Head {head}, one query a call: the median round, and the distance between the quartiles. Keys read in "
+            "full precision and bounds evaluated, over the number of keys. numpy and faiss score every key, in float32.",
         ),
-        Block(f"Methods, head {head}", ("method", "build, s", "bytes per key", "refusal"), builds),
+        Block("Methods", ("method", "build, s", "bytes per key", "refusal"), builds),
     ]
 
 
@@ -254,7 +265,7 @@ def shown(block: Block) -> Table:
     table = Table(title=block.title, title_justify="left", caption=block.caption or None, caption_justify="left")
     for i, name in enumerate(block.head):
         table.add_column(name, justify="left" if i == 0 else "right")
-    rows = block.rows if block.title not in ("Keys", "Attention") else block.rows[:LINES]
+    rows = block.rows if block.title not in PER_HEAD else block.rows[:LINES]
     for row in rows:
         table.add_row(*row)
     if len(rows) < len(block.rows):
@@ -270,7 +281,7 @@ def report(folder: Path, file: Path, facts: Facts, blocks: Sequence[Block], seco
     drawn = {
         "Keys": ("spectrum", key_figures.spectrum(facts.shapes)),
         "Attention": ("mass", key_figures.mass(facts.concentrations)),
-        blocks[3].title: ("pruning", key_figures.pruning(facts.costs)),
+        COSTS: ("pruning", key_figures.pruning(facts.costs)),
     }
     sections = []
     for block in blocks:

@@ -140,10 +140,9 @@ def shown(setting: Setting, reader: Any, made: list[Step], coming: Iterator[Step
     if not console.is_terminal:
         said = ""
         for text in texts(reader, made, coming):
-            console.file.write(text[len(said) :])
-            console.file.flush()
+            console.out(text[len(said) :], end="", highlight=False)
             said = text
-        console.file.write("\n")
+        console.out()
         return said
     text = ""
     with Live(console=console, refresh_per_second=FRAMES, transient=True) as live:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -13,8 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import demo, index_case, real_keys
+from benchmarks.cli import app as front
 from benchmarks.cli.app import app
 from benchmarks.cli.bench import first_line
+from benchmarks.readme_table import README
 from benchmarks.run import CASES
 from proofs_checks.check import discover
 
@@ -97,6 +100,18 @@ def test_the_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert invoked("demo", "--tokens", "3")[0] == 2
 
 
+def test_the_commands_of_the_readme_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(front, "run", lambda command, **options: asked.append((command, options)))
+    lines = [line for line in README.read_text().splitlines() if line.startswith(".venv/bin/hsr ")]
+    for line in lines:
+        assert invoked(*shlex.split(line, comments=True)[1:])[0] == 0, line
+    assert [command for command, _ in asked] == ["generate"] * len(lines)
+    assert {options["model"] for _, options in asked} == {"smollm2"}
+    for _, options in asked:
+        assert (README.parent / str(options["prompt_file"])).is_file()
+
+
 def test_cases_are_listed_with_what_they_measure() -> None:
     status, out, _ = invoked("bench")
     assert status == 0
@@ -158,9 +173,10 @@ def test_a_wrong_answer_is_a_failure_in_one_line(monkeypatch: pytest.MonkeyPatch
 
 
 def test_statements_and_verdicts_are_a_table() -> None:
-    status, out, _ = invoked("check", NAME, "--examples", "5")
+    status, out, _ = invoked("check", NAME, "--examples", "5", "--constants")
     assert status == 0
     assert "holds" in out
+    assert "error / L1 bound: 1" in out
     assert f"{len(discover()[NAME].operations)} checks, 0 failed" in out
     status, out, _ = invoked("check", "--list")
     assert status == 0

@@ -44,7 +44,8 @@ def test_everything_is_said_of_keys_with_queries(tmp_path: Path) -> None:
         "keys: array k, float32 (2, 300, 8)",
         "queries are the last positions",
         "6 queries of each of 4 query heads",
-        "What methods cost, head 1",
+        "What methods cost",
+        "Head 1, one query a call",
         "sketch",
         "box of 16, kd",
         "it needs keys of width 2",
@@ -55,8 +56,8 @@ def test_everything_is_said_of_keys_with_queries(tmp_path: Path) -> None:
         assert part in out, part
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     shapes = [row for row in rows if len(row) == 11]
-    assert [row[9:] for row in shapes] == [["3", "0"], ["0", "1"]], "duplicates and zeros"
-    assert [row[1] for row in shapes][1] == "0", "the least norm"
+    assert [row[9:] for row in shapes] == 2 * [["3", "0"], ["0", "1"]], "duplicates and zeros of keys, and of values"
+    assert shapes[1][1] == "0", "the least norm"
     for name in ("spectrum", "mass", "pruning"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "index.html").read_text()

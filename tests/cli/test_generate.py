@@ -150,6 +150,15 @@ def test_the_live_view_shows_the_end_of_the_text_and_vanishes(folder: Path, monk
     assert any("last" in line for line in lines)
 
 
+def test_a_reading_of_the_last_step_alone_is_not_subtracted() -> None:
+    summed, alone = (decoding.Reading(keys, keys // 2, steps, []) for keys, steps in ((30, 3), (12, 1)))
+    none, two = decoding.Reading(0, 0, 0, []), decoding.Reading(20, 12, 2, [])
+    assert decoding.read(two, summed) == (10, 3)
+    assert decoding.read(none, alone) == (12, 6)
+    assert decoding.read(alone, alone) == (12, 6), "as a step that is one launch on a GPU reports"
+    assert decoding.read(none, none) == (0, 0)
+
+
 def test_every_policy_can_be_named_and_has_its_options_listed() -> None:
     status, out, _ = invoked("generate", "--list")
     assert status == 0
