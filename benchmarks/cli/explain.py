@@ -26,6 +26,7 @@ from hsr.errors import ArgumentError
 
 PAIRS = 1 << 24  # most (query, key) pairs of a head that are looked at
 LINES = 16  # heads that the terminal shows; reports show all
+BOUND_ROWS = len(pruning_case.BOUNDS) * len(pruning_case.RANKS)
 PER_HEAD = ("Keys", "Values", "Attention")
 COSTS = "What methods cost"
 MADE_QUERIES = "queries: self-made, keys drawn at random less their mean (seed {seed}); a model's are elsewhere"
@@ -102,7 +103,7 @@ def described(held: KeySet, head: int, scale: float, probes: int, seed: int) -> 
     with terminal.progress() as bar:
         rules = key_search.sizes(n)
         stored = [] if held.values is None else list(held.values)
-        task = bar.add_task("", total=g + len(stored) + h + 1 + 1 + len(rules))
+        task = bar.add_task("", total=g + len(stored) + h + BOUND_ROWS + 1 + len(rules))
 
         def step(name: str) -> None:
             bar.update(task, description=f"{name:24}")
@@ -122,7 +123,8 @@ def described(held: KeySet, head: int, scale: float, probes: int, seed: int) -> 
         )
         pairs = [(rows.reshape(-1, d), keys) for rows, keys in zip(np.split(asked, g), held.keys, strict=True)]
         wide = [(rows.astype(np.float64), keys.astype(np.float64)) for rows, keys in pairs]
-        survival = each("bounds", 1, lambda _: list(pruning_case.survival(wide)))[0]
+        bounds = pruning_case.survival(wide)
+        survival = each("bounds", BOUND_ROWS, lambda _: next(bounds))
         methods = each(
             "building", 1, lambda _: key_search.built(held.keys[head], lambda method: step(f"building {method}"))
         )[0]
@@ -254,7 +256,7 @@ def search(facts: Facts, head: int) -> list[Block]:
             ("keys to report", "method", "ms a query", "spread", "keys read", "bounds evaluated"),
             costs,
             f"Head {head}, one query a call: the median round, and the distance between the quartiles. Keys read in "
-            "full precision and bounds evaluated, over the number of keys. numpy and faiss score every key, in float32.",
+            "full precision and bounds evaluated, over the number of keys; numpy and faiss score every key, in float32",
         ),
         Block("Methods", ("method", "build, s", "bytes per key", "refusal"), builds),
     ]

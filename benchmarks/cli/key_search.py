@@ -17,7 +17,7 @@ from hsr.errors import BackendUnavailable
 
 SHARES = {"0.1%": 0.001, "1%": 0.01, "10%": 0.1}  # of the keys, to report
 PAPER = "n^0.8"
-REPEATS, ROUND = 5, 0.02  # rounds of the clock, and the seconds that each takes at least
+REPEATS, ROUND = 9, 0.02  # rounds of the clock, and the seconds that each takes at least
 TIMED = 8  # queries that take part in them
 DENSE = ("numpy", "faiss")
 DEFINITION = "reference"  # plain float64 numpy: nobody would choose it for its speed
