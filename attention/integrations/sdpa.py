@@ -229,10 +229,10 @@ class sparse_sdpa(TorchFunctionMode):
     (1, 'is_causal must be True for more than one row of query; got False and 128 rows')
 
     Served are causal self-attention, ``is_causal`` with as many queries as keys or a `CausalBias` to the lower right,
-    by ``prefill``; and one row a head without a mask by ``decode``.  Other masks are not read, for that costs a pass
-    over them: a causal one in full is dense.  All else goes to torch's function, bit for bit: dropout, what needs
-    gradients, arguments that broadcast, and what a policy refuses.  Every call is recorded, a dense one with the
-    reason.
+    by ``prefill``; and one row a head without a mask, whatever its keys are of, by ``decode``.  Other masks are not
+    read, for that costs a pass over them: a causal one in full is dense.  All else goes to torch's function, bit for
+    bit: dropout, what needs gradients, arguments that broadcast, and what a policy refuses, as NaN on the CPU.  Every
+    call is recorded, a dense one with the reason.
 
     Nothing is kept between calls: an index or a selector's state is made anew for every one, so that a ``decode``
     policy reads all keys at least once and is no faster than dense attention; it shows what a policy does to a model.
