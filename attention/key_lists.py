@@ -18,7 +18,6 @@ from hsr.errors import ArgumentError
 
 ROWS = 128  # rows of a block
 KEYS = 128  # keys of a block
-LEAST = 32  # keys that a causal selection may list for a block, whatever the density
 
 
 ARRAYS = ("token_offsets", "tokens", "log_weights", "block_offsets", "blocks", "mean_offsets", "means")
@@ -62,16 +61,6 @@ def budget(density: float, m: int, n: int) -> float:
             f"got {density}"
         )
     return kept
-
-
-def budgets(density: float, m: int, n: int) -> np.ndarray:
-    """Likewise of the blocks up to each: what a causal selection may spend by then, (T,) float64.
-
-    At least LEAST keys for every block that has eligible ones: of the first blocks the bands alone exceed the density,
-    and without the few keys that nearly all rows attend to, their rows would be wrong by several times their size.
-    """
-    left = float(density) * np.cumsum(ends(m, n)) - np.cumsum(bands(m, n))
-    return np.maximum(left, LEAST * np.cumsum(edges(m, n) > 0))
 
 
 def representatives(m: int, rows: int, causal: bool = False) -> np.ndarray:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from attention.key_lists import KEYS, ROWS, KeyLists, budget, budgets, edges, representatives, row_blocks
+from attention.key_lists import KEYS, ROWS, KeyLists, budget, edges, representatives, row_blocks
 from hsr.lifted_numba import BITS, mixed
 
 CODES = 256
@@ -19,6 +19,10 @@ TOP = 223  # code of a key of importance 1 and typical value
 ONE = 508  # the bits of 1.0 as float32, without the last 21
 FARTHEST = 32  # most codes that a value adds or takes
 FIRST = 128  # values that tell what a typical one is
+STRIDE = 2  # codes from one threshold to the next that a causal selection chooses from: 0, 2, .. 510
+UNITS = 256  # of a key, in which it counts what it spends: blocks of 2^23 keys in 31 bits
+ROUNDING = 2.0**-20  # of a unit, which is not rounded up: whole numbers of units are the same however they are summed
+RESERVED = 8  # of the budget so many a part is shared out beforehand, alike to all blocks
 
 
 def listed(q: np.ndarray, k: np.ndarray, v: np.ndarray, lists: KeyLists, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +141,38 @@ def threshold(histogram: np.ndarray, kept: float) -> float:
     return float(STEPS * np.log2(rest / kept))
 
 
+def paced(histograms: np.ndarray, kept: float, edge: np.ndarray) -> list[float]:
+    """T_I of every block I from the histograms (T, 256) of blocks up to it, their edges (T,) and a head's budget.
+
+    A receding horizon.  In parts of a key, a block of threshold t spends
+
+        E_J(t) = ceil(256 sum_c histogram_J[c] min(1, 2^((c - t) / 8)) - 2^-20);
+
+    T_I is the first of 0, 2, .. 510 at which block I and later ones, if these are as those up to I were on average
+    (weighted by edges), would spend no more than what is left:
+
+        E_I(T) + 7/8 later_I mean_{J <= I} E_J(T) + later_I r <= left_I,   left_I = 256 kept - sum_{J < I} E_J(T_J)
+
+    or at which ``E_I(T) <= r``, r an eighth of an even share: no block starves, and all together expect no more than
+    ``kept``.  510 where there is no such T, so that next to nothing is spent.
+    """
+    candidates, c = STRIDE * np.arange(CODES), np.arange(CODES)
+    left = math.floor(UNITS * kept)
+    least = left // (RESERVED * max(int(np.count_nonzero(edge)), 1))
+    sums, weight = np.zeros(CODES), 0
+    found: list[float] = []
+    for block, histogram in enumerate(histograms):
+        later = len(histograms) - 1 - block
+        expected = np.array([(histogram * 2.0 ** (np.minimum(c - t, 0) / STEPS)).sum() for t in candidates])
+        own = np.ceil(UNITS * expected - ROUNDING)
+        sums, weight = sums + own * edge[block], weight + edge[block]
+        ahead = own + sums * ((1 - 1 / RESERVED) * later / max(weight, 1)) + later * least
+        fits = (ahead <= left) | (own <= least) | (candidates == candidates[-1])
+        found.append(float(candidates[fits][0]))
+        left -= int(own[fits].max())
+    return found
+
+
 def chances(t: float) -> np.ndarray:
     """u[c], the chance of a key of code c in units of 2^-24: (256,) int32, 1 .. 2^24."""
     grain = 2.0**BITS
@@ -173,8 +209,7 @@ def key_lists(
 ) -> KeyLists:
     """q (H, m, d), k (g, n, d), v (g, n, dv), densities (H,), starts (H, T) as `start` -> tokens with log weights.
 
-    One threshold for all blocks of a head; where causal, one per block, from the codes and the budget of the blocks up
-    to it.
+    One threshold for all blocks of a head; where causal, one per block, `paced`.
     """
     heads, m, n = len(q), q.shape[1], k.shape[1]
     sample = representatives(m, rows, causal)
@@ -185,11 +220,11 @@ def key_lists(
         values = value_codes(v[source])
         found = [codes(q[head], k[source], values, i, sample[i], scale) for i in blocks]
         histograms = np.array([np.bincount(line, minlength=CODES) for line in found])
+        kept = budget(densities[head], m, n)
         if causal:
-            sums = np.cumsum(histograms, axis=0)
-            thresholds = [threshold(sums[i], budgets(densities[head], m, n)[i]) for i in blocks]
+            thresholds = paced(histograms, kept, edges(m, n))
         else:
-            thresholds = [threshold(histograms.sum(axis=0), budget(densities[head], m, n))] * len(blocks)
+            thresholds = [threshold(histograms.sum(axis=0), kept)] * len(blocks)
         parts += [draw(found[i], chances(thresholds[i]), int(starts[head, i])) for i in blocks]
     tokens, weights = ([part[i] for part in parts] for i in range(2))
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in tokens])]).astype(np.int64)

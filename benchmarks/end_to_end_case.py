@@ -1,15 +1,15 @@
 """Case ``end-to-end``: whole models on the GPU, tokens per second and seconds of a prompt, dense beside ours.
 
-A step is one CUDA graph of the model's forward pass, B = 1, weights and logits included.  Dense: a static cache at a
-fixed length, attended to by whichever of torch's kernels and FlashAttention-3 is fastest there (``dense_best``).  Ours:
-`HSRCache(decode=Sampled(budget=...))` by `CapturedSteps`, whose cache grows.  Norms, MLPs and rotary embeddings are
-compiled by torch in both, alike; beside the attention nothing differs.  Prompts run eagerly: dense with the fastest
-kernel, ours with `BlockSampled` at a tenth of the pairs, and then the codes for decoding (``codes_s``).
+A step is one CUDA graph of the model's forward pass, B = 1, weights and logits included; its token is the largest
+logit of the step before, and its time that of a loop of STEPS_TIMED such steps.  Dense: a static cache at a fixed
+length, attended to by whichever of torch's kernels and FlashAttention-3 is fastest there (``dense_best``).  Ours:
+`HSRCache(decode=Sampled(budget=...))` by `CapturedSteps`, whose cache grows.  In both, torch compiles what lies in a
+layer before and after the attention, with tuned matrix products; beside the attention nothing differs.  Prompts run
+eagerly: dense with the fastest kernel, ours with `BlockSampled` at a tenth of the pairs; ``codes_s`` is the first step,
+which makes codes.  Where a prompt would take too long, keys and values are the last one's, repeated.
 
-``llama-8b-shaped`` is Llama-3.1-8B's shape with LAYERS layers of random weights and its whole vocabulary;
-``without the head`` has 4 / 32 of the vocabulary's matrix, as many layers' share of it.  Where a prompt is too long to
-be read in reasonable time (PROMPTS), keys and values are the last prompt's, repeated.  The gate: ours over all keys has
-the dense logits.
+Models have random weights: Llama-3.1-8B's shape with 4 layers and its whole vocabulary, which then weighs as much as
+2.4 layers more, the same with all 32 layers, and SmolLM2-135M's.  The gate: ours over all keys has the dense logits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
-from transformers.models.llama import modeling_llama
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from attention import BlockSampled, Sampled
 from attention.integrations.captured import CapturedSteps
@@ -37,19 +38,17 @@ from benchmarks.dense_prefill import KERNELS
 from benchmarks.gate import WrongAnswer
 from benchmarks.ledger import Row
 from benchmarks.measure import Timing
-from benchmarks.replays import launched, replayed
+from benchmarks.replays import launched
 
 DEVICE = decode_gpu_case.DEVICE
 HERE, DTYPE = "cuda", torch.bfloat16
-LAYERS = 4
 LENGTHS, QUICK_LENGTHS = tuple(1 << k for k in range(10, 20)), (1024, 8192)
-PROMPTS = 1 << 18  # tokens of the longest prompt that is read
 DENSITY = 0.1
-REPLAYS = 25
+ROUNDS, STEPS_TIMED = 7, 40
+WHOLE = 1.0  # seconds of a prompt that is read once
 SETTING = decode_gpu_case.SETTINGS[0]
 GATE, LARGEST = 3000, 0.03  # tokens, and the relative distance of logits
 DENSE = "dense best"
-ROTARY = modeling_llama.apply_rotary_pos_emb
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Shape:
 
     name: str
     config: dict[str, Any]
+    lengths: tuple[int, ...]
+    prompts: int  # tokens of the longest prompt that is read
 
     def model(self) -> Any:
         """In bfloat16 on the GPU, its parts beside the attention compiled."""
@@ -70,22 +71,18 @@ class Shape:
 
 
 LLAMA = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": LAYERS, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128,
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 128256,
+}  # fmt: skip
+SMOLLM = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "vocab_size": 49152,
 }  # fmt: skip
 SHAPES = (
-    Shape("llama-8b-shaped", LLAMA | {"vocab_size": 128256}),
-    Shape("llama-8b-shaped, without the head", LLAMA | {"vocab_size": 16032}),
-    Shape(
-        "smollm2-135m-shaped",
-        {
-            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
-        },
-    ),
-)  # fmt: skip
-
-
+    Shape("llama-8b, 4 layers", LLAMA | {"num_hidden_layers": 4}, LENGTHS, 1 << 18),
+    Shape("smollm2-135m", SMOLLM | {"num_hidden_layers": 30}, LENGTHS, 1 << 17),
+    Shape("llama-8b", LLAMA | {"num_hidden_layers": 32}, (1024, 8192, 32768, 65536, 131072), 1 << 15),
+)
 Held = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer
 
 
@@ -175,12 +172,39 @@ class DenseKernels:
 
 
 def compiled(model: Any) -> None:
-    """Compile what lies beside the attention."""
-    for module in model.modules():
-        if type(module).__name__.endswith(("RMSNorm", "MLP")):
-            module.forward = torch.compile(module.forward, dynamic=False)
-    if modeling_llama.apply_rotary_pos_emb is ROTARY:
-        modeling_llama.apply_rotary_pos_emb = torch.compile(ROTARY, dynamic=False)
+    """Make its layers run steps by compiled parts, and prompts as they did."""
+    for layer in model.model.layers:
+        layer.forward = partial(_layer, layer, layer.forward)
+
+
+def _layer(layer: Any, whole: Callable[..., torch.Tensor], hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+    if hidden_states.shape[1] > 1:
+        return whole(hidden_states, **options)
+    q, k, v = _before(layer, hidden_states, *options["position_embeddings"])
+    k, v = options["past_key_values"].update(k, v, layer.self_attn.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS[layer.self_attn.config._attn_implementation]
+    attended = attend(layer.self_attn, q, k, v, options["attention_mask"], scaling=layer.self_attn.scaling)[0]
+    return _after(layer, hidden_states, attended)
+
+
+@partial(torch.compile, mode="max-autotune-no-cudagraphs")
+def _before(
+    layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    q, k, v = (
+        project(normed).view(*hidden.shape[:2], -1, attention.head_dim).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    return q, k, v
+
+
+@partial(torch.compile, mode="max-autotune-no-cudagraphs")
+def _after(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    hidden = hidden + layer.self_attn.o_proj(attended.flatten(2))
+    found: torch.Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return found
 
 
 def missing() -> str | None:
@@ -194,12 +218,11 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
     register()
     AttentionInterface.register(DENSE, DenseKernels.attention)
     AttentionMaskInterface.register(DENSE, lambda **_: None)
-    torch._dynamo.config.recompile_limit = 64  # prompts of many lengths
     for shape in SHAPES:
         model = shape.model()
         gate(model)
         held: Held = ()
-        for n in QUICK_LENGTHS if quick else LENGTHS:
+        for n in QUICK_LENGTHS if quick else shape.lengths:
             try:
                 row, held = measured(shape, model, n, held, note)
             except torch.cuda.OutOfMemoryError:
@@ -255,7 +278,7 @@ def places(first: int, last: int) -> torch.Tensor:
 def measured(shape: Shape, model: Any, n: int, held: Held, note: Callable[[str], None]) -> tuple[Row, Held]:
     """The row of one length, and keys and values of its prompt, or those of the last one repeated."""
     row: Row = {"model": shape.name, "layers": model.config.num_hidden_layers, "n": n}
-    ids, read = tokens(model, n), n <= PROMPTS
+    ids, read = tokens(model, n), n <= shape.prompts
     best: dict[str, float] = {}
     if read:
         for name in KERNELS:
@@ -279,9 +302,39 @@ def measured(shape: Shape, model: Any, n: int, held: Held, note: Callable[[str],
 
 
 def prompt_seconds(call: Callable[[], object]) -> float:
-    """Of the second call; the first may compile."""
-    call()
-    return launched(call, 1).median
+    """Of the second call where the first, which may compile, was short."""
+    first = launched(call, 1).median
+    gc.collect()
+    return first if first > WHOLE else launched(call, 1).median
+
+
+class DenseSteps:
+    """A dense step as a graph, like `CapturedSteps`."""
+
+    def __init__(self, model: Any, cache: DenseCache, place: int) -> None:
+        self._token = tokens(model, 1)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = forward(model, cache, self._token, place)
+
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        """The logits (1, vocabulary)."""
+        self._token.copy_(token)
+        self._graph.replay()
+        return self._logits
+
+
+def looped(step: Callable[[torch.Tensor], torch.Tensor], token: torch.Tensor) -> Timing:
+    """Seconds of a step in a loop that feeds back the likeliest token: median over rounds, the first left out."""
+
+    def round_of() -> None:
+        fed = token
+        for _ in range(STEPS_TIMED):
+            fed = step(fed).argmax(-1, keepdim=True)
+
+    round_of()
+    found = launched(round_of, ROUNDS)
+    return Timing(found.median / STEPS_TIMED, found.spread / STEPS_TIMED)
 
 
 def dense_steps(model: Any, n: int, held: Held) -> Row:
@@ -295,7 +348,7 @@ def dense_steps(model: Any, n: int, held: Held) -> Row:
         try:
             forward(model, cache, token, n)
             forward(model, cache, token, n)
-            found[name] = replayed(lambda: forward(model, cache, token, n), REPLAYS)
+            found[name] = looped(DenseSteps(model, cache, n), token)
         except Exception:  # a kernel that does not serve this shape
             continue
     best = min(found, key=lambda name: found[name].median)
@@ -329,11 +382,10 @@ def our_steps(model: Any, ids: torch.Tensor, held: Held, read: bool, budget: flo
     begun = time.perf_counter()
     model(input_ids=token, past_key_values=cache)
     torch.cuda.synchronize()
-    row["codes_s"] = time.perf_counter() - begun
+    row["codes_s"] = time.perf_counter() - begun  # and one step
     model(input_ids=token, past_key_values=cache)
-    steps = CapturedSteps(model, cache, n + 2 * REPLAYS + 64)
-    steps(token)
-    step = launched(lambda: steps(token), 2 * REPLAYS)
+    steps = CapturedSteps(model, cache, n + (ROUNDS + 1) * STEPS_TIMED + 64)
+    step = looped(steps, token)
     row["share"] = cache.report().share
     return row | {
         "step_ms": 1e3 * step.median, "spread_ms": 1e3 * step.spread, "tokens_per_s": 1 / step.median,

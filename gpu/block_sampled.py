@@ -1,8 +1,9 @@
 """Keys that blocks of query rows share, drawn by importance: `attention.block_sampled` on the GPU.
 
 Seven launches and a cumulative sum.  The kernels of `gpu.importance` keep a byte of every key for every block of rows,
-its importance in eighths of octaves; `count`, `threshold`, `size` and `draw` need no more than these bytes.  Codes,
-budgets and draws are defined in `attention.listed_reference`.
+its importance in eighths of octaves; `count`, `threshold`, `size` and `draw` need no more than these bytes.  Where the
+selection is causal, `gpu.pacing` stands in for `threshold`.  Codes, budgets and draws are defined in
+`attention.listed_reference`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from attention.key_lists import KEYS, ROWS, KeyLists, budget, budgets, edges, row_blocks
-from gpu import hopper
+from attention.key_lists import KEYS, ROWS, KeyLists, budget, edges, row_blocks
+from gpu import hopper, pacing
 from gpu.codes import UNIT, mixed
 from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool
 from gpu.sampled import seed_word
@@ -136,8 +137,7 @@ def key_lists(
 ) -> KeyLists:
     """Draw the keys that blocks of rows attend to.
 
-    Only a causal selection waits for the device: its thresholds do not keep to the budget, so that nothing is known of
-    its size beforehand.
+    Nothing waits for the device: thresholds keep to the budget, so that lists fit what it says beforehand.
 
     Args:
         q: (B, h, m, d) float16 or bfloat16, rows contiguous.
@@ -161,12 +161,9 @@ def key_lists(
     heads, T, device = B * h, row_blocks(m), q.device
     room = int(edges(m, n)[-1])
     plan = _Plan(q, k, v, rows, causal_selection, scale, T, room)
-    if causal_selection:
-        spend = torch.from_numpy(budgets(density, m, n)).to(device)
-    else:  # filled there: a copy from the host would wait, and a CUDA graph could not hold it
-        spend = torch.full((1,), budget(density, m, n), dtype=torch.float64, device=device)
+    kept = budget(density, m, n)
     offsets = torch.zeros(heads * T + 1, dtype=torch.int64, device=device)
-    capacity = 0 if causal_selection else min(math.ceil(budget(density, m, n)) + T, int(edges(m, n).sum())) * heads
+    capacity = min(math.ceil(kept) + T, int(edges(m, n).sum())) * heads
     tokens = torch.empty(max(capacity, 1), dtype=torch.int32, device=device)
     weights = torch.empty(max(capacity, 1), dtype=torch.float32, device=device)
     if room == 0:
@@ -174,11 +171,9 @@ def key_lists(
     slab = min(max(BYTES // (T * room), 1), GRID)
     for first in range(0, heads, slab):
         many = min(slab, heads - first)
-        drawn = plan.drawn(first, many, spend, seed_word(seed), head)
+        drawn = plan.drawn(first, many, kept, seed_word(seed), head)
         own = offsets[first * T : (first + many) * T + 1]  # begins where the heads before end
         own[1:] = own[0] + drawn.lengths.flatten().cumsum(0)
-        if causal_selection:
-            tokens, weights = (_grown(part, int(own[-1])) for part in (tokens, weights))
         drawn.into(own, tokens, weights)
     return KeyLists(offsets, tokens, weights)
 
@@ -241,7 +236,7 @@ class _Plan:
             num_warps=8,
         )  # fmt: skip
 
-    def drawn(self, first: int, many: int, spend: torch.Tensor, seed: int, offset: int = 0) -> _Drawn:
+    def drawn(self, first: int, many: int, kept: float, seed: int, offset: int = 0) -> _Drawn:
         """Codes, thresholds and lengths of heads first .. first + many."""
         q, k, T, room, R = self._q, self._k, self._T, self._room, self._rows
         h, m, d = q.shape[1:]
@@ -279,11 +274,14 @@ class _Plan:
             hopper.count(codes, counts, n - m)
         else:
             count[(T, many)](codes, counts, n - m, T, room, ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4)
-        summed = counts.double().cumsum(1) if self._causal else counts.sum(1, keepdim=True, dtype=torch.float64)
-        chances = new(*summed.shape, dtype=torch.int32)
-        threshold[(summed[..., 0].numel(),)](summed, spend.expand(many, -1).contiguous(), chances, num_warps=4)
+        if self._causal:
+            chances = pacing.chances(counts, kept, n - m)
+        else:
+            summed, chances = counts.sum(1, keepdim=True, dtype=torch.float64), new(many, 1, 256, dtype=torch.int32)
+            spend = torch.full((many,), kept, dtype=torch.float64, device=q.device)  # a number of 64 bits
+            threshold[(many,)](summed, spend, chances, num_warps=4)
         starts, lengths = new(many, T, dtype=torch.int32), new(many, T, dtype=torch.int64)
-        size[(T, many)](counts, chances, starts, lengths, seed, offset + first, T, summed.shape[1], num_warps=4)
+        size[(T, many)](counts, chances, starts, lengths, seed, offset + first, T, chances.shape[1], num_warps=4)
         return _Drawn(codes, chances, starts, lengths, n - m)
 
     def _code(self, sums: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, first: int) -> None:
@@ -300,8 +298,3 @@ class _Plan:
             self._scale, G=h // g, D=d, R=R, LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal,
             STAGES=stages(d), num_warps=8,
         )  # fmt: skip
-
-
-def _grown(part: torch.Tensor, size: int) -> torch.Tensor:
-    """The tensor with room for ``size`` entries."""
-    return part if size <= len(part) else torch.cat([part, part.new_empty(size - len(part))])

@@ -18,7 +18,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from hsr.coder import EVERY, Coder, fit
+from gpu.fit import fit
+from hsr.coder import EVERY, Coder
 from hsr.errors import ArgumentError
 
 SHIFTS = (0, 4, 2, 6)  # nibble columns use the first two
@@ -89,14 +90,14 @@ class Planes:
 
 
 def fitted(
-    keys: np.ndarray,
-    lift: np.ndarray,
+    keys: torch.Tensor,
+    lift: torch.Tensor,
     scale: float,
     row: int,
-    queries: np.ndarray | None,
+    queries: torch.Tensor | None,
     widths: tuple[int, ...] = WIDTHS,
 ) -> Planes:
-    """Fit a coder to a sample and lay it out.
+    """Fit a coder to a sample, where that lies, and lay it out.
 
     Args:
         keys: (g, n, d) float32 or float64.
@@ -113,8 +114,8 @@ def fitted(
         raise ArgumentError(f"widths must be some of {WIDTHS} on cuda; got {widths}")
     if row not in ROWS:
         raise ArgumentError(f"bytes_per_key must be one of {', '.join(map(str, ROWS))} on cuda; got {row}")
-    lifted = np.concatenate([keys, lift[..., None] / scale], axis=2)
-    known = None if queries is None else np.concatenate([queries, np.ones((*queries.shape[:2], 1))], axis=2)
+    lifted = torch.cat([keys, lift[..., None] / scale], 2)
+    known = None if queries is None else torch.nn.functional.pad(queries, (0, 1), value=1.0)
     grain = GRAIN if 2 in widths or row % 16 == 0 else EVERY  # else `gpu.step` has no form
     return planes_of(fit(lifted, row, known, widths, grain), scale)
 

@@ -253,18 +253,14 @@ class SampledCache:
         return means, spreads
 
     def _fitted(self, sizes: np.ndarray, floor: torch.Tensor) -> planes.Planes:
-        """A coder for evenly spaced tokens of each sequence, fitted on the host."""
+        """A coder for evenly spaced tokens of each sequence."""
         heads, d, many = self.batch * self.groups, self.width, min(SAMPLE, int(sizes.max()))
         at = torch.from_numpy(np.arange(many) * sizes[:, None] // many).to(self._device)
         at = at[:, None].expand(self.batch, self.groups, many)
         keys, values = (self.tokens.rows(part, at).float().reshape(heads, many, d) for part in (self.keys, self.values))
         lift = torch.maximum((values - self.centre[:, None]).norm(dim=2), floor[:, None]).log()
-        known = None
-        if self._queries is not None:
-            known = self._queries.float().reshape(heads, -1, d).cpu().numpy()
-        return planes.fitted(
-            keys.cpu().numpy(), lift.cpu().numpy(), self.scale, self.draws.bytes_per_key, known, self.draws.widths
-        )
+        known = None if self._queries is None else self._queries.float().reshape(heads, -1, d)
+        return planes.fitted(keys, lift, self.scale, self.draws.bytes_per_key, known, self.draws.widths)
 
     def _allocate(self) -> None:
         """Buffers of a step: `gpu.prepare.begin` fills those that it starts from, its kernels the others."""

@@ -34,6 +34,7 @@ from gpu import (
     importance,
     listed,
     moments,
+    pacing,
     prepare,
     relu,
     scan,
@@ -176,6 +177,7 @@ def importance_cases() -> Iterator[Case]:
     tile = {"ROWS": 128, "KEYS": 128, "TILE": block_sampled.TILE}
     yield Case(block_sampled.count, tile, 4, "", counts | {"CODES": "*u8"})
     yield Case(block_sampled.threshold, {}, 4, "", {"HISTOGRAMS": "*fp64", "BUDGETS": "*fp64", "CHANCES": "*i32"})
+    yield Case(pacing.pace, {"LATER": pacing.AHEAD}, 1, "", {"OWN": "*i32", "EXPECTED": "*fp64", "LEFT": "*fp64"})
     yield Case(block_sampled.size, {}, 4, "", counts | {"LENGTHS": "*i64"})
     rest = {"CODES": "*u8", "OFFSETS": "*i64", "TOKENS": "*i32", "LOG_WEIGHTS": "*fp32"}
     yield Case(block_sampled.draw, tile, 4, "", counts | rest)

@@ -170,17 +170,24 @@ def principal_axes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Mean (g, d), key_map, query_map (g, d, d) and the axes' variances (g, d), falling; arguments as for `fit`."""
     sample = _sample(keys)
-    g, _, d = sample.shape
+    g, n, d = sample.shape
     mean = sample.mean(axis=1)
     key_map, query_map, variances = np.empty((g, d, d)), np.empty((g, d, d)), np.empty((g, d))
     for head in range(g):
-        values, vectors = np.linalg.eigh(np.eye(d) if queries is None else _second_moment(queries[head]))
-        spread = (sample[head] - mean[head]) @ (vectors * np.sqrt(values))
-        variance, axes = np.linalg.eigh(spread.T @ spread / len(spread))
-        variances[head] = np.maximum(variance[::-1], 0.0)
-        key_map[head] = (vectors * np.sqrt(values)) @ axes[:, ::-1]
-        query_map[head] = (vectors / np.sqrt(values)) @ axes[:, ::-1]
+        centred = sample[head] - mean[head]
+        moment = None if queries is None else np.matmul(queries[head].T, queries[head], dtype=np.float64)
+        second = np.eye(d) if moment is None or queries is None else second_moment(moment, queries.shape[1])
+        key_map[head], query_map[head], variances[head] = axes(centred.T @ centred / n, second)
     return mean, key_map, query_map, variances
+
+
+def axes(covariance: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys' covariance and queries' M, (d, d) float64 -> key_map, query_map (d, d), variances (d,), falling."""
+    values, vectors = np.linalg.eigh(second)
+    root = vectors * np.sqrt(values)
+    variances, turned = np.linalg.eigh(root.T @ covariance @ root)
+    turned = turned[:, ::-1]
+    return root @ turned, (vectors / np.sqrt(values)) @ turned, np.maximum(variances[::-1], 0.0)
 
 
 def best_layout(
@@ -216,10 +223,13 @@ def _sample(keys: np.ndarray) -> np.ndarray:
     return keys[:, :: -(-keys.shape[1] // SAMPLE)].astype(np.float64)
 
 
-def _second_moment(queries: np.ndarray) -> np.ndarray:
-    """Queries (m, d) -> M (d, d), positive definite: the identity, scaled to its trace, has the share d / (d + m)."""
-    m, d = queries.shape
-    moment = np.matmul(queries.T, queries, dtype=np.float64) / max(m, 1)
+def second_moment(products: np.ndarray, m: int) -> np.ndarray:
+    """Sum of q q^T over m queries, (d, d) -> M, positive definite.
+
+    The identity, scaled to its trace, has the share d / (d + m).
+    """
+    d = len(products)
+    moment = products / max(m, 1)
     size = np.trace(moment) / d
     share = d / (d + m)
     return (1 - share) * moment + share * size * np.eye(d) if size > 0 else np.eye(d)

@@ -64,7 +64,7 @@ def test_there_is_a_row_per_density_and_method(monkeypatch: pytest.MonkeyPatch, 
             (row["skipped"] is not None) == (asked == 0.1 or (asked == 0.3 and not banded)) == (row["rel_err"] is None)
         )
         assert (row["to_block_oracle"] is None) == (asked < 0.5)
-        if row["skipped"] is None and method != "sampled-8-causal":
+        if row["skipped"] is None:
             assert row["realised"] == pytest.approx(asked, abs=0.03)
     found = {method: by_place[0.5, method] for method in case.METHODS}
     assert found["block-oracle"]["to_block_oracle"] == found["block-oracle"]["worst_head"] == 1

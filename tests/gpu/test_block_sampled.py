@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from scipy.stats import norm  # noqa: E402
 
 from attention import chances, listed_reference  # noqa: E402
-from attention.key_lists import KEYS, ROWS, budget, budgets, check, edges, ends, plain, representatives, row_blocks  # noqa: E402
+from attention.key_lists import KEYS, ROWS, budget, check, edges, ends, plain, representatives, row_blocks  # noqa: E402
 from gpu import block_sampled, hopper  # noqa: E402
 from gpu.block_sampled import TILE, _Drawn, _Plan, key_lists  # noqa: E402
 from gpu.sampled import seed_word  # noqa: E402
@@ -56,16 +56,11 @@ class Watched(_Plan):
         super()._code(sums, shares, codes, first)
 
 
-def spend(density, m, n, causal):
-    kept = budgets(density, m, n) if causal else np.array([budget(density, m, n)])
-    return torch.from_numpy(kept).to(HERE)
-
-
 def stages(q, k, v, rows, causal, density=0.8, seed=0):
     """The plan and the draw of all heads at once."""
     (B, h, m, d), n = q.shape, k.shape[2]
     plan = Watched(q, k, v, rows, causal, d**-0.5, row_blocks(m), int(edges(m, n)[-1]))
-    return plan, plan.drawn(0, B * h, spend(density, m, n, causal), seed_word(seed))
+    return plan, plan.drawn(0, B * h, budget(density, m, n), seed_word(seed))
 
 
 def histograms(codes, m, n):
@@ -159,9 +154,10 @@ def test_chances_starts_and_lengths_are_their_definitions(causal, density):
     for head in range(3):
         tables = chances.head_thresholds(counted[head], density, m, n, causal)
         wanted = chances.chances(tables if causal else tables[:1])
-        rough = 0 if HERE == "cpu" else wanted >> 21  # a GPU's powers of two are off by up to 2^-22 of themselves
+        # `threshold`'s powers of two are off by up to 2^-22 of themselves on a GPU; paced chances are the definition's
+        rough = 0 if HERE == "cpu" or causal else wanted >> 21
         assert found[head].shape == wanted.shape
-        assert (np.abs(found[head] - wanted) <= 2 + rough).all()
+        assert (np.abs(found[head] - wanted) <= (0 if causal else 2 + rough)).all()
         own = np.broadcast_to(found[head], (row_blocks(m), 256))
         lengths = chances.lengths(counted[head], own, starts[head])
         assert np.array_equal(drawn.lengths[head].cpu().numpy(), lengths)
@@ -223,8 +219,9 @@ def test_lists_are_in_order_and_as_dense_as_asked(B, g, G, m, n, rows, causal):
     per = row_blocks(m)
     listed = np.diff(plain(lists).token_offsets[::per])
     assert (listed > 0).all()
-    if causal:  # thresholds of earlier blocks do not know the later ones' codes
-        assert (np.abs(listed / budgets(density, m, n)[-1] - 1) < 0.1).all()
+    if causal:  # never more, and less by a part of what the last of these few blocks has
+        assert (listed <= budget(density, m, n) + per).all()
+        assert (listed > 0.88 * budget(density, m, n)).all()
     else:
         assert (np.abs(listed - budget(density, m, n)) <= per).all()
         assert (np.abs(numpy(lists.densities(m, n)) - density) <= per / ends(m, n).sum()).all()
@@ -355,4 +352,5 @@ def test_long_prompts_are_listed_in_order(causal):
     again = drawn_lists(q, k, v, 0.1, causal=causal)
     used = int(lists.token_offsets[-1])
     assert torch.equal(lists.tokens[:used], again.tokens[:used])
-    assert causal or (lists.densities(20_000, 30_000) - 0.1).abs().max() < 1e-4
+    off = lists.densities(20_000, 30_000) - 0.1
+    assert off.max() < 1e-4 and off.min() > (-1e-3 if causal else -1e-4)

@@ -57,8 +57,8 @@ def coded_moments(cache, newest):
 def known(heads, d, row=32):
     """Some coder."""
     random = np.random.default_rng(0)
-    keys = random.standard_normal((heads, 500, d)) * np.arange(1, d + 1) ** -0.7
-    return planes.fitted(keys, random.standard_normal((heads, 500)), d**-0.5, row, None)
+    keys = torch.from_numpy(random.standard_normal((heads, 500, d)) * np.arange(1, d + 1) ** -0.7)
+    return planes.fitted(keys, torch.from_numpy(random.standard_normal((heads, 500))), d**-0.5, row, None)
 
 
 def inputs(B, g, n, d, kind, seed):

@@ -24,7 +24,8 @@ LIMIT = 232_448  # bytes of shared memory of a program on an H100
 def fitted(row, d=64):
     random = np.random.default_rng(0)
     spectrum = np.arange(1, d + 1) ** -1.0  # steep: 2 bits pay on the far axes
-    return planes.fitted(random.standard_normal((2, 500, d)) * spectrum, np.zeros((2, 500)), 0.1, row, None)
+    keys = torch.from_numpy(random.standard_normal((2, 500, d)) * spectrum)
+    return planes.fitted(keys, torch.zeros(2, 500), 0.1, row, None)
 
 
 @pytest.mark.parametrize("row", planes.ROWS)

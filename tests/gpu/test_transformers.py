@@ -17,6 +17,7 @@ from attention.integrations.steps import Fused, Sessions
 from attention.integrations.transformers import NAME, HSRCache, register
 from attention.selectors import Quest
 from hsr.errors import ArgumentError
+from tests.gpu.interpreted import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 
@@ -124,7 +125,6 @@ def test_captured_steps_are_the_eager_ones(model: Any, batch: int) -> None:
     found = torch.stack([steps(ids[:, t : t + 1]).float().clone() for t in range(301, 500)], 1)
     near(found, wanted[:, 301:], 0.01)
     assert cache.get_seq_length() == 500 and cache.layers[1].steps.cache.lengths.tolist() == [500] * 2 * batch
-    near(passes(model, cache, ids[:, :1], [1]), passes(model, cache, ids[:, :1], [1]), 0.2)
     with pytest.raises(ArgumentError, match="token must be"):
         steps(ids[:, :2])
 
@@ -140,11 +140,8 @@ def test_steps_do_not_wait_for_the_gpu(model: Any) -> None:
     ids = tokens(1, 300)
     cache = HSRCache(model.config, decode=Sampled(budget=64), dense_below=0)
     passes(model, cache, ids, [290, 1, 1])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         passes(model, cache, ids, [1, 1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert 0 < cache.report().share < 0.9
 
 
