@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 BLUE, GREY = "#0072b2", "0.55"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of the Okabe-Ito palette
+STYLES = dict(zip(DENSE, ("--", ":"), strict=True))
+PANELS = {  # part of a cost -> title, scale; bounds may be none
+    "scanned": ("keys read in full, share", "log"),
+    "visited": ("bounds evaluated per key", "linear"),
+    "milliseconds": ("ms per query", "log"),
+}
 FEW = 8  # lines that are told apart; more are drawn alike
 
 
@@ -50,17 +56,16 @@ def pruning(costs: Sequence[Cost]) -> Figure:
     ours = [name for name in names if name not in DENSE]
     for name in names:
         line = [cost for cost in costs if cost.contender == name]
-        style = "--" if name in DENSE else "-"
+        style = STYLES.get(name, "-")
         colour = GREY if name in DENSE else COLOURS[ours.index(name) % len(COLOURS)]
         shown = (name in ours, name in ours, True)
-        for axis, part, drawn in zip(panels, ("scanned", "visited", "milliseconds"), shown, strict=True):
+        for axis, part, drawn in zip(panels, PANELS, shown, strict=True):
             if drawn:
-                values = [getattr(cost, part) or np.nan for cost in line]  # zero has no place on a log axis
+                values = [getattr(cost, part) for cost in line]
                 axis.plot([cost.k for cost in line], values, style, marker=".", color=colour, label=name)
-    for axis, title in zip(
-        panels, ("keys read in full, share", "bounds evaluated per key", "ms per query"), strict=True
-    ):
-        axis.set(xscale="log", yscale="log", xlabel="keys reported", title=title)
+    for axis, (title, scale) in zip(panels, PANELS.values(), strict=True):
+        axis.set(xscale="log", yscale=scale, xlabel="keys reported", title=title)
+    panels[1].set_ylim(0, None)
     panels[-1].legend(fontsize=8, frameon=False)
     return figure
 

@@ -69,7 +69,7 @@ def test_everything_is_said_of_keys_with_queries(tmp_path: Path) -> None:
 
 def test_queries_are_made_where_none_are_given_and_degenerate_keys_are_served(tmp_path: Path) -> None:
     keys = np.zeros((40, 2), np.float64)
-    status, out, _ = invoked("explain", str(saved(tmp_path / "a.npz", things=keys)))
+    status, out, _ = invoked("explain", str(saved(tmp_path / "a.npz", things=keys)), "--save", str(tmp_path))
     assert status == 0
     assert "self-made, keys drawn at random less their mean (seed 0)" in out
     assert "layers" in out
