@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from rich.table import Table
 
-from benchmarks.run import commit, cpu, use_all_threads, versions
+import benchmarks.run
+from benchmarks import page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,30 +47,12 @@ CAPTION = (
     "append and attend; torch's dense attention (SDPA) is timed beside it on the same tensors."
 )
 
-STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .9rem; text-align: right; border-bottom: 1px solid #d8dee4; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #57606a; }
-img { width: 100%; height: auto; } code { background: #eef1f4; padding: .1rem .3rem; border-radius: .2rem; }
-.verdict { font-weight: 600; padding: .7rem 1rem; border-left: .4rem solid; white-space: pre-wrap; }
-.yes { border-color: #0072b2; background: #eaf4fa; } .no { border-color: #d55e00; background: #fdf0e7; }
-.scroll { overflow-x: auto; }
-"""
-
 
 def provenance(command: str) -> dict[str, Any]:
-    """Machine, command, commit, date and versions, under the names of `benchmarks.run`."""
-    return {
-        "device": "cpu",
-        "cpu": cpu(),
-        "threads": use_all_threads(),
-        "commit": commit(),
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions() | {package: version(package) for package in MODEL_AND_TEXT},
-    }
+    """Machine, command, commit, date and versions, those of the model's and the text's packages too."""
+    facts = benchmarks.run.provenance(command)
+    facts["versions"] |= {package: version(package) for package in MODEL_AND_TEXT}
+    return facts
 
 
 def held_text(held: int, checked: int) -> str:
@@ -150,10 +131,9 @@ def write(folder: Path, runs: list[Run], rows: list[dict[str, Any]], facts: dict
     figures = {"share.png": draw_share(runs[1:]), "error.png": draw_error(runs[1:]), "certified.png": draw_bounds(runs)}
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=150)
-    page = folder / "index.html"
-    images = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in figures}
-    page.write_text(render(images, rows, facts, lines), encoding="utf-8")
-    return page
+    index = folder / "index.html"
+    page.write(index, render({name: (folder / name).read_bytes() for name in figures}, rows, facts, lines))
+    return index
 
 
 def draw_share(runs: list[Run]) -> Figure:
@@ -240,51 +220,23 @@ def _strip(axis: Axes, x: np.ndarray, high: float, top: float) -> None:
     axis.scatter(x, high * (top / high) ** spread, s=4, alpha=0.08, color=BLUE, linewidth=0, rasterized=True)
 
 
-def render(images: dict[str, str], rows: list[dict[str, Any]], facts: dict[str, Any], lines: list[str]) -> str:
-    """The page; ``images`` are base64 PNGs by name."""
+def render(images: dict[str, bytes], rows: list[dict[str, Any]], facts: dict[str, Any], lines: list[str]) -> str:
+    """The page; ``images`` are PNGs by name."""
     held = lines[-1].endswith("yes")
-    versions = ", ".join(f"{name} {found}" for name, found in facts["versions"].items())
-    where = {
-        "command": f"<code>{html.escape(facts['command'])}</code>",
-        "date": facts["date"],
-        "commit": facts["commit"],
-        "machine": f"{html.escape(facts['cpu'])}, {facts['threads']} threads",
-        "versions": html.escape(versions),
-        "time": f"{facts['seconds']:.0f} s, of which {facts['prompt_seconds']:.0f} s reading the prompt",
-    }
-    facts_table = "".join(
-        f"<tr><td>{name}</td><td style='text-align:left'>{text}</td></tr>" for name, text in where.items()
-    )
-    sections = "".join(
-        f"<h2>{title}</h2><p>{text}</p><img alt='{title}' src='data:image/png;base64,{images[name]}'>"
-        for name, title, text in _sections(rows)
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Half-space reporting in a real model</title><style>{STYLE}</style></head><body>
-<h1>Half-space reporting in a real model</h1>
-<p>SmolLM2-135M read {facts["prompt_tokens"]:,} tokens of Paul Graham's essays, then {facts["steps"]} further tokens one
-at a time, three times: attending to every key, to the keys that a certificate with &epsilon; = 0.01 asks for, and to
-the n<sup>0.8</sup> best keys. Each run keeps its own keys and values, so errors travel through the layers as they would
-in use. Every output was compared with exact attention in float64 on the same queries, keys and values.</p>
-<p class="verdict {"yes" if held else "no"}">{html.escape(chr(10).join(lines))}</p>
-<h2>The three runs</h2>
-<div class="scroll"><table>{_table(rows)}</table></div>
-<p>{CAPTION}</p>
-{sections}
-<h2>How this page was made</h2>
-<div class="scroll"><table>{facts_table}</table></div>
-</body></html>
-"""
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    head = "".join(f"<th>{html.escape(row['policy'])}</th>" for row in rows)
-    body = "".join(
-        f"<tr><td>{html.escape(label)}</td>{''.join(f'<td>{show(row)}</td>' for row in rows)}</tr>"
-        for label, show in MEASURES
-    )
-    return f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>"
+    lead = f"""<p>SmolLM2-135M read {facts["prompt_tokens"]:,} tokens of Paul Graham's essays, then {facts["steps"]}
+further tokens one at a time, three times: attending to every key, to the keys that a certificate with &epsilon; = 0.01
+asks for, and to the n<sup>0.8</sup> best keys. Each run keeps its own keys and values, so errors travel through the
+layers as they would in use. Every output was compared with exact attention in float64 on the same queries, keys and
+values.</p>
+<p class="verdict {"yes" if held else "no"}">{html.escape(chr(10).join(lines))}</p>"""
+    measures = ([label, *map(show, rows)] for label, show in MEASURES)
+    taken = f"{facts['seconds']:.0f} s, of which {facts['prompt_seconds']:.0f} s reading the prompt"
+    sections = [
+        ("The three runs", page.table(["", *(row["policy"] for row in rows)], measures) + f"<p>{CAPTION}</p>"),
+        *((title, f"<p>{text}</p>{page.image(title, images[name])}") for name, title, text in _sections(rows)),
+        (page.MADE, page.made(facts, taken)),
+    ]
+    return page.page("Half-space reporting in a real model", lead, sections)
 
 
 def _sections(rows: list[dict[str, Any]]) -> tuple[tuple[str, str, str], ...]:

@@ -2,15 +2,15 @@
 
 A step is one CUDA graph of the model's forward pass, B = 1, weights and logits included; its token is the largest
 logit of the step before, and its time that of a loop of STEPS_TIMED such steps.  Dense: a static cache at a fixed
-length, attended to by whichever of torch's kernels and FlashAttention-3 is fastest there (``dense_best``).  Ours:
-`HSRCache(decode=Sampled(budget=...))` by `CapturedSteps`, whose cache grows.  Norms, MLPs and rotary embeddings are
-compiled by torch in both, alike; beside the attention nothing differs.  Prompts run eagerly: dense with the fastest
-kernel, ours with `BlockSampled` at a tenth of the pairs; ``codes_s`` is the first step, which makes codes.
+length, attended to by whichever of torch's kernels and FlashAttention-3 is fastest there (``dense_best``), which no
+growing cache can replay; ``static_step_ms`` is with transformers' "sdpa" and a mask, as with its static cache.  Ours:
+`HSRCache(decode=Sampled(budget=...))` by `CapturedSteps`, whose cache grows.  In both, torch compiles what lies in a
+layer before and after the attention, with tuned matrix products; beside the attention nothing differs.  Prompts run
+eagerly: dense with the fastest kernel, ours with `BlockSampled` at a tenth of the pairs; ``codes_s`` is the first step,
+which makes codes.  Where a prompt would take too long, keys and values are the last one's, repeated.
 
-``llama-8b-shaped`` is Llama-3.1-8B's shape with LAYERS layers of random weights and its whole vocabulary;
-``without the head`` has 4 / 32 of the vocabulary's matrix, as many layers' share of it.  Where a prompt is too long to
-be read in reasonable time (PROMPTS), keys and values are the last prompt's, repeated.  The gate: ours over all keys has
-the dense logits.
+Models have random weights: Llama-3.1-8B's shape with 4 layers and its whole vocabulary, which then weighs as much as
+2.4 layers more, the same with all 32 layers, and SmolLM2-135M's.  The gate: ours over all keys has the dense logits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
-from transformers.models.llama import modeling_llama
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from attention import BlockSampled, Sampled
 from attention.integrations.captured import CapturedSteps
@@ -42,15 +44,13 @@ from benchmarks.replays import launched
 
 DEVICE = decode_gpu_case.DEVICE
 HERE, DTYPE = "cuda", torch.bfloat16
-LAYERS = 4
-LENGTHS, QUICK_LENGTHS = tuple(1 << k for k in range(10, 20)), (1024, 8192, 131072)
-PROMPTS = 1 << 18  # tokens of the longest prompt that is read
+LENGTHS, QUICK_LENGTHS = tuple(1 << k for k in range(10, 20)), (1024, 8192)
 DENSITY = 0.1
 ROUNDS, STEPS_TIMED = 7, 40
+WHOLE = 3.0  # seconds of a prompt that is read once
 SETTING = decode_gpu_case.SETTINGS[0]
 GATE, LARGEST = 3000, 0.03  # tokens, and the relative distance of logits
-DENSE = "dense best"
-ROTARY = modeling_llama.apply_rotary_pos_emb
+DENSE, STATIC = "dense best", "static"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Shape:
 
     name: str
     config: dict[str, Any]
+    lengths: tuple[int, ...]
+    prompts: int  # tokens of the longest prompt that is read
 
     def model(self) -> Any:
         """In bfloat16 on the GPU, its parts beside the attention compiled."""
@@ -71,25 +73,19 @@ class Shape:
 
 
 LLAMA = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": LAYERS, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128,
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 128256,
+}  # fmt: skip
+SMOLLM = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "vocab_size": 49152,
 }  # fmt: skip
 SHAPES = (
-    Shape("llama-8b-shaped", LLAMA | {"vocab_size": 128256}),
-    Shape("llama-8b-shaped, without the head", LLAMA | {"vocab_size": 16032}),
-    Shape(
-        "smollm2-135m-shaped",
-        {
-            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
-        },
-    ),
-)  # fmt: skip
-
-
+    Shape("llama-8b, 4 layers", LLAMA | {"num_hidden_layers": 4}, LENGTHS, 1 << 18),
+    Shape("smollm2-135m", SMOLLM | {"num_hidden_layers": 30}, LENGTHS[::2], 1 << 18),
+    Shape("llama-8b", LLAMA | {"num_hidden_layers": 32}, (1024, 8192, 32768, 131072, 524288), 1 << 15),
+)
 Held = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer
-
-PARTLY = SHAPES[1:2]  # at QUICK_LENGTHS alone
 
 
 class DenseLayer(CacheLayerMixin):
@@ -155,10 +151,23 @@ def _flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return output.transpose(1, 2)
 
 
+@cache
+def _visible(n: int) -> torch.Tensor:
+    return torch.ones(1, 1, 1, n, dtype=torch.bool, device=HERE)
+
+
+def _static(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups = q.shape[1] // k.shape[1]
+    found: torch.Tensor = sdpa_attention_forward(module, q, k, v, _visible(k.shape[2]))[0]
+    return found.transpose(1, 2)
+
+
 STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sdpa cudnn": lambda q, k, v: _sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v),
     "sdpa flash": lambda q, k, v: _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v),
     "flash-attention 3": _flash3,
+    STATIC: _static,
 }
 
 
@@ -178,12 +187,39 @@ class DenseKernels:
 
 
 def compiled(model: Any) -> None:
-    """Compile what lies beside the attention."""
-    for module in model.modules():
-        if type(module).__name__.endswith(("RMSNorm", "MLP")):
-            module.forward = torch.compile(module.forward)
-    if modeling_llama.apply_rotary_pos_emb is ROTARY:
-        modeling_llama.apply_rotary_pos_emb = torch.compile(ROTARY)
+    """Make its layers run steps by compiled parts, and prompts as they did."""
+    for layer in model.model.layers:
+        layer.forward = partial(_layer, layer, layer.forward)
+
+
+def _layer(layer: Any, whole: Callable[..., torch.Tensor], hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+    if hidden_states.shape[1] > 1:
+        return whole(hidden_states, **options)
+    q, k, v = _before(layer, hidden_states, *options["position_embeddings"])
+    k, v = options["past_key_values"].update(k, v, layer.self_attn.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS[layer.self_attn.config._attn_implementation]
+    attended = attend(layer.self_attn, q, k, v, options["attention_mask"], scaling=layer.self_attn.scaling)[0]
+    return _after(layer, hidden_states, attended)
+
+
+@partial(torch.compile, mode="max-autotune-no-cudagraphs")
+def _before(
+    layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    q, k, v = (
+        project(normed).view(*hidden.shape[:2], -1, attention.head_dim).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    return q, k, v
+
+
+@partial(torch.compile, mode="max-autotune-no-cudagraphs")
+def _after(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    hidden = hidden + layer.self_attn.o_proj(attended.flatten(2))
+    found: torch.Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return found
 
 
 def missing() -> str | None:
@@ -197,12 +233,11 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
     register()
     AttentionInterface.register(DENSE, DenseKernels.attention)
     AttentionMaskInterface.register(DENSE, lambda **_: None)
-    torch._dynamo.config.recompile_limit = 64  # prompts of many lengths
     for shape in SHAPES:
         model = shape.model()
         gate(model)
         held: Held = ()
-        for n in QUICK_LENGTHS if quick or shape in PARTLY else LENGTHS:
+        for n in QUICK_LENGTHS if quick else shape.lengths:
             try:
                 row, held = measured(shape, model, n, held, note)
             except torch.cuda.OutOfMemoryError:
@@ -255,10 +290,10 @@ def places(first: int, last: int) -> torch.Tensor:
     return torch.arange(first, last, device=HERE)[None]
 
 
-def measured(shape: Shape, model: Any, n: int, held: Held, note: Callable[[str], None]) -> tuple[Row, Held]:
-    """The row of one length, and keys and values of its prompt, or those of the last one repeated."""
+def measured(shape: Shape, model: Any, n: int, last: Held, note: Callable[[str], None]) -> tuple[Row, Held]:
+    """The row of one length, and keys and values of the last prompt that was read."""
     row: Row = {"model": shape.name, "layers": model.config.num_hidden_layers, "n": n}
-    ids, read = tokens(model, n), n <= PROMPTS
+    ids, read = tokens(model, n), n <= shape.prompts
     best: dict[str, float] = {}
     if read:
         for name in KERNELS:
@@ -270,11 +305,13 @@ def measured(shape: Shape, model: Any, n: int, held: Held, note: Callable[[str],
         DenseKernels.prompt = min(best, key=lambda name: best[name])
         held = dense_cache(model, ids).held()
     else:
-        held = [(torch.cat([k, k], 2), torch.cat([v, v], 2)) for k, v in held]
-    row |= dense_steps(model, n, held)
+        held = last
+    repeats = n // held[0][0].shape[2]
+    whole = list(held) if read else [(k.repeat(1, 1, repeats, 1), v.repeat(1, 1, repeats, 1)) for k, v in held]
+    row |= dense_steps(model, n, whole)
     row |= {"dense_prompt": DenseKernels.prompt if read else None, "dense_prefill_s": min(best.values(), default=None)}
     budget = SETTING.draws(model.config.head_dim, n).budget
-    row |= our_steps(model, ids, held, read, budget)
+    row |= our_steps(model, ids, whole, read, budget)
     assert isinstance(row["step_ms"], float) and isinstance(row["dense_step_ms"], float)
     row["speedup"] = row["dense_step_ms"] / row["step_ms"]
     row["prefill_speedup"] = None if not read else row["dense_prefill_s"] / (row["prefill_s"] + row["codes_s"])  # type: ignore[operator]
@@ -282,9 +319,10 @@ def measured(shape: Shape, model: Any, n: int, held: Held, note: Callable[[str],
 
 
 def prompt_seconds(call: Callable[[], object]) -> float:
-    """Of the second call; the first may compile."""
-    call()
-    return launched(call, 1).median
+    """Of the second call where the first, which may compile, was short."""
+    first = launched(call, 1).median
+    gc.collect()
+    return first if first > WHOLE else launched(call, 1).median
 
 
 class DenseSteps:
@@ -330,13 +368,19 @@ def dense_steps(model: Any, n: int, held: Held) -> Row:
             found[name] = looped(DenseSteps(model, cache, n), token)
         except Exception:  # a kernel that does not serve this shape
             continue
+    static = found.pop(STATIC)
     best = min(found, key=lambda name: found[name].median)
     step = 1e3 * found[best].median
-    return {"dense_best": best, "dense_step_ms": step, "dense_tokens_per_s": 1e3 / step}
+    return {
+        "dense_best": best, "dense_step_ms": step, "dense_tokens_per_s": 1e3 / step,
+        "static_step_ms": 1e3 * static.median,
+    }  # fmt: skip
 
 
-def our_steps(model: Any, ids: torch.Tensor, held: Held, read: bool, budget: float) -> Row:
-    """Ours: the prompt, the codes, steps."""
+def our_steps(
+    model: Any, ids: torch.Tensor, whole: list[tuple[torch.Tensor, torch.Tensor]], read: bool, budget: float
+) -> Row:
+    """Ours: the prompt, the codes, steps; whole is emptied, so that no two caches lie in memory."""
     n = ids.shape[1]
     model.set_attn_implementation(NAME)
     decode, prompt = Sampled(budget=budget, bytes_per_key=SETTING.row[model.config.head_dim]), None
@@ -354,8 +398,8 @@ def our_steps(model: Any, ids: torch.Tensor, held: Held, read: bool, budget: flo
         cache = run()
     else:
         cache = HSRCache(model.config, decode=decode, dense_below=0)
-        for number, (k, v) in enumerate(held):
-            cache.update(k, v, number)
+        for number in range(len(whole)):
+            cache.update(*whole.pop(0), number)
     token = tokens(model, 1)
     torch.cuda.synchronize()
     begun = time.perf_counter()

@@ -9,8 +9,12 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FIGURES = {  # case -> module with figures(rows), a dict of matplotlib figures by name, "" for one alone
     "scaling": "benchmarks.scaling_figures",
@@ -32,17 +36,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if measured.get("case") not in FIGURES:
         parser.error(f"FILE must hold measurements of one of {', '.join(FIGURES)}; got case {measured.get('case')!r}")
     try:
-        module = importlib.import_module(FIGURES[measured["case"]])
+        found = figures(measured)
     except ModuleNotFoundError as missing:
         print(f"plots need the package {missing.name}: pip install '.[plot]'", file=sys.stderr)
         return 1
-    where = f"{measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}"
-    for name, figure in module.figures(measured["rows"]).items():
-        figure.text(0.005, 0.005, where, ha="left", va="bottom", fontsize=7, color="0.4")
-        path = file.with_name(f"{file.stem}-{name}.png" if name else f"{file.stem}.png")
-        figure.savefig(path, dpi=120)
+    for path in saved(found, file):
         print(path)
     return 0
+
+
+def figures(measured: Mapping[str, Any]) -> dict[str, Figure]:
+    """The figures of a case of FIGURES by name, each with a line that says where it was measured."""
+    where = f"{measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}"
+    drawn: dict[str, Figure] = importlib.import_module(FIGURES[measured["case"]]).figures(measured["rows"])
+    for figure in drawn.values():
+        figure.text(0.005, 0.005, where, ha="left", va="bottom", fontsize=7, color="0.4")
+    return drawn
+
+
+def saved(found: Mapping[str, Figure], beside: Path) -> list[Path]:
+    """Write each figure as PNG beside the measurements; returns where."""
+    paths = {
+        beside.with_name(f"{beside.stem}-{name}.png" if name else f"{beside.stem}.png"): figure
+        for name, figure in found.items()
+    }
+    for path, figure in paths.items():
+        figure.savefig(path, dpi=120)
+    return list(paths)
 
 
 if __name__ == "__main__":

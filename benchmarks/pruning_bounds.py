@@ -108,7 +108,7 @@ class Codes:
         """Step (m,), int8 query (m, d) on the codes' axes, norm (m,) of what rounding took from it."""
         z = (q @ self._axes) * self._steps
         sigma = np.abs(z).max(axis=1) / INT8
-        a = np.rint(z / sigma[:, None])
+        a = np.rint(np.divide(z, sigma[:, None], where=sigma[:, None] > 0, out=np.zeros_like(z)))
         return sigma, a, np.linalg.norm(z - sigma[:, None] * a, axis=1)
 
 
@@ -120,4 +120,4 @@ def _of_block(values: np.ndarray) -> np.ndarray:
 
 def _principal(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and principal axes (d, d), leading first."""
-    return keys.mean(axis=0), np.linalg.eigh(np.cov(keys, rowvar=False))[1][:, ::-1]
+    return keys.mean(axis=0), np.linalg.eigh(np.atleast_2d(np.cov(keys, rowvar=False)))[1][:, ::-1]

@@ -12,7 +12,7 @@ keys and queries get wrong in ``<q, k> / sqrt(d)``: 0.01 changes a softmax weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -51,21 +51,26 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
 
 def layer_rows(number: int, layer: Layer) -> Iterator[Row]:
     """Means over the heads of one layer."""
-    heads, positions, d = layer.queries.shape
+    _, positions, d = layer.queries.shape
     n = layer.keys.shape[1] - positions + 1  # every query sees these
     grouped = layer.queries.reshape(len(layer.keys), -1, d).astype(np.float64)  # (g, h / g * positions, d)
     pairs = list(zip(grouped, layer.keys[:, :n].astype(np.float64), strict=True))
+    return ({"layer": number, **row} for row in survival(pairs))
+
+
+def survival(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Iterator[Row]:
+    """A row per bound and rule: means over heads, each queries (m, d) and keys (n, d) float64, of one m and n."""
+    n, m = len(pairs[0][1]), sum(len(queries) for queries, _ in pairs)
     for (name, order), make in BOUNDS.items():
         judged = [_judged(name, make(keys), queries, keys) for queries, keys in pairs]
         for rule, rank in RANKS.items():
             reported, surviving = np.mean([shares[rule] for shares, _ in judged], axis=0)
             errors = [error for _, error in judged if error is not None]
             yield {
-                "layer": number,
                 "bound": name,
                 "order": order,
                 "n": n,
-                "queries": heads * positions,
+                "queries": m,
                 "rule": rule,
                 "k": rank(n),
                 "reported_share": float(reported),

@@ -14,12 +14,15 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from benchmarks.gate import WrongAnswer
+from hsr.errors import BackendUnavailable
 
 CASES = {  # name -> module with rows(quick, note), an iterable of dicts with equal keys; DEVICE where not the CPU; and
     # missing() where it needs packages that pip's extras do not hold: one line that says how to install them;
@@ -57,36 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
     options, more = parser.parse_known_args(arguments)
     try:
-        case = importlib.import_module(CASES[options.case])
-    except ModuleNotFoundError as missing:
-        print(f"the case {options.case} needs the package {missing.name}: pip install '.[bench]'", file=sys.stderr)
+        case = loaded(options.case)
+    except BackendUnavailable as lacking:
+        print(lacking, file=sys.stderr)
         return 1
     own = argparse.ArgumentParser(prog=f"python -m benchmarks.run {options.case}", add_help=False)
     if hasattr(case, "options"):
         case.options(own)
     settings = vars(own.parse_args(more))
-    lacking = case.missing() if hasattr(case, "missing") else None
-    if lacking:
-        print(lacking, file=sys.stderr)
-        return 1
-    head = {
-        "case": options.case,
-        "device": getattr(case, "DEVICE", "cpu"),
-        "cpu": cpu(),
-        "threads": use_all_threads(),
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
-    for name, value in head.items():
+    typed = sys.argv[1:] if arguments is None else arguments
+    facts = head(options.case, case, shlex.join(["python", "-m", "benchmarks.run", *typed]))
+    for name, value in facts.items():
         print(f"{name}: {value}")
     notes: list[str] = []
     rows: list[dict[str, object]] = []
     try:
         for row in case.rows(options.quick, notes.append, **settings):
             rows.append(row)
-            print("  ".join(f"{name} {_cell(value)}" for name, value in row.items()), file=sys.stderr, flush=True)
+            print(line(row), file=sys.stderr, flush=True)
     except WrongAnswer as fault:
         print(f"nothing was timed: {fault}", file=sys.stderr)
         return 1
@@ -94,9 +85,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for note in notes:
         print(note)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(head | {"notes": notes, "rows": rows}, indent=1) + "\n")
+        dump(options.json, facts | {"notes": notes, "rows": rows})
     return 0
+
+
+def loaded(name: str) -> ModuleType:
+    """The module of a case; BackendUnavailable says what to install for it."""
+    try:
+        case = importlib.import_module(CASES[name])
+    except ModuleNotFoundError as missing:
+        raise BackendUnavailable(
+            f"the case {name} needs the package {missing.name}: pip install '.[bench]'"
+        ) from missing
+    lacking = case.missing() if hasattr(case, "missing") else None
+    if lacking:
+        raise BackendUnavailable(lacking)
+    return case
+
+
+def head(name: str, case: ModuleType, command: str) -> dict[str, Any]:
+    """What the measurements of a case begin with."""
+    return {"case": name, **provenance(command, getattr(case, "DEVICE", "cpu"))}
+
+
+def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
+    """Machine, commit, command, date and versions."""
+    return {
+        "device": device,
+        "cpu": cpu(),
+        "threads": use_all_threads(),
+        "commit": commit(),
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+
+
+def dump(path: Path, measured: dict[str, Any]) -> None:
+    """Write measurements as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def cpu() -> str:
@@ -155,20 +183,31 @@ def table(rows: Sequence[dict[str, object]]) -> str:
     """The rows as aligned text; a missing value is a dash."""
     if not rows:
         return "no rows"
-    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def _cell(value: object) -> str:
+def line(row: Mapping[str, object]) -> str:
+    """A row as it comes, in one line."""
+    return "  ".join(f"{name} {cell(value)}" for name, value in row.items())
+
+
+def cell(value: object) -> str:
+    """A value as text, four digits of a float; what is missing is a dash."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-if __name__ == "__main__":
+def restart_without_overrides(module: str) -> None:
+    """Begin this process again as that module's program, with its arguments, where a variable of OVERRIDES is set."""
     overrides = OVERRIDES & os.environ.keys()
     if overrides:
         kept = {name: value for name, value in os.environ.items() if name not in overrides}
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]], kept)
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], kept)
+
+
+if __name__ == "__main__":
+    restart_without_overrides("benchmarks.run")
     sys.exit(main())

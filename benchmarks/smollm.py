@@ -60,8 +60,11 @@ def load_model(tokens: int = 0, device: str = "cpu", dtype: torch.dtype = torch.
 def model_source() -> tuple[str, dict[str, str]]:
     """What transformers loads the model from, and with which options."""
     named = os.environ.get("HSR_MODEL")
-    if named:
-        return named, {}
+    return (named, {}) if named else packaged()
+
+
+def packaged() -> tuple[str, dict[str, str]]:
+    """Where the package keeps the model, as `model_source` says it."""
     folder = package_folder(MODEL_PACKAGE)
     return str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}
 

@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -42,6 +42,11 @@ class Outcome:
     seconds: float
 
     @property
+    def failed(self) -> bool:
+        """Whether the operation broke its statement, or broke down."""
+        return self.status.startswith("FAILS")
+
+    @property
     def row(self) -> str:
         """A line of the table."""
         constants = "; ".join(f"{name}: {value:.4g}" for name, value in self.constants.items())
@@ -49,12 +54,10 @@ class Outcome:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + f" | {self.seconds:.1f} |"
 
 
-def outcomes(name: str, check: Check, examples: int | None) -> list[Outcome]:
-    """The check of each of its operations; one that has none yet says why."""
-    found: list[Outcome] = []
+def outcomes(name: str, check: Check, examples: int | None) -> Iterator[Outcome]:
+    """The check of each of its operations, as it is done; one that has none yet says why."""
     if not check.operations:
-        found.append(Outcome(name, check, "none", f"not yet: {check.pending}", {}, 0.0))
-        sys.stdout.write(found[-1].row + "\n")
+        yield Outcome(name, check, "none", f"not yet: {check.pending}", {}, 0.0)
     for label, operation in check.operations.items():
         start = perf_counter()
         constants: dict[str, float] = {}
@@ -64,10 +67,7 @@ def outcomes(name: str, check: Check, examples: int | None) -> list[Outcome]:
         except Exception as fault:  # every other check still runs; the exit status tells
             traceback.print_exc()
             status = "FAILS" if isinstance(fault, AssertionError) else f"FAILS: {type(fault).__name__}"
-        found.append(Outcome(name, check, label, status, constants, perf_counter() - start))
-        sys.stdout.write(found[-1].row + "\n")
-        sys.stdout.flush()
-    return found
+        yield Outcome(name, check, label, status, constants, perf_counter() - start)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,12 +92,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     start = perf_counter()
     chosen = options.names or checks
-    found = [outcome for name in chosen for outcome in outcomes(name, checks[name], options.examples)]
+    found: list[Outcome] = []
+    for outcome in (outcome for name in chosen for outcome in outcomes(name, checks[name], options.examples)):
+        found.append(outcome)
+        sys.stdout.write(outcome.row + "\n")
+        sys.stdout.flush()
     target = options.to or (None if options.names or options.examples else RESULTS)
     if target:
         table = HEAD.format(**head, seconds=perf_counter() - start) + "\n".join(outcome.row for outcome in found)
         target.write_text(table + "\n")
-    return int(any(outcome.status.startswith("FAILS") for outcome in found))
+    return int(any(outcome.failed for outcome in found))
 
 
 if __name__ == "__main__":

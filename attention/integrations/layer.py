@@ -45,7 +45,8 @@ class HSRLayer(CacheLayerMixin):
         self.steps: Steps | None = None  # what serves decode steps; None while they are dense
         self._held: tuple[HeldRows, HeldRows] | None = None  # `Fused` steps hold the rows themselves
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None  # rows that fused steps take in
-        self._n = self.batch = self._retry = 0  # the last: tokens from which steps are tried again
+        self._n = self.batch = self._unattended = 0
+        self._retry = 0  # tokens from which steps are tried again
         self._seen = Seen()  # the padding that steps know of
         self._queries: torch.Tensor | None = None
 
@@ -84,18 +85,20 @@ class HSRLayer(CacheLayerMixin):
             raise ArgumentError('attn_implementation must be "hsr" with an HSRCache; the last step attended elsewhere')
         if len(key_states) != self.batch:
             raise ArgumentError(f"key_states must have the cache's batch {self.batch}; got {len(key_states)}")
+        no_gradient(key_states, value_states)
         self._n += key_states.shape[2]
+        self._unattended = key_states.shape[2]
         if isinstance(self.steps, Fused) and key_states.shape[2] <= ROWS:
             self._pending = key_states, value_states
-            return note(key_states.view_as(key_states), self), value_states
+            return noted_rows(key_states.view_as(key_states), value_states.view_as(value_states), self)
         self._take_back()
         self._put(key_states, value_states)
         k, v = self.keys, self.values
         assert k is not None and v is not None
-        return note(k, self), v
+        return noted_rows(k, v, self)
 
     def _put(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        rows = k.detach().flatten(0, 1), v.detach().flatten(0, 1)
+        rows = k.flatten(0, 1), v.flatten(0, 1)
         if self._held is None:
             self._held = HeldRows(rows[0]), HeldRows(rows[1])
             return
@@ -114,7 +117,14 @@ class HSRLayer(CacheLayerMixin):
     def attend(
         self, module: torch.nn.Module, q: torch.Tensor, mask: torch.Tensor | None, seen: Seen, **options: Any
     ) -> torch.Tensor:
-        """q (B, h, m, d), the rows of the last tokens, with the layer's mask and what it says -> (B, m, h, dv)."""
+        """q (B, h, m, d), the rows of the last tokens, with the layer's mask and what it says -> (B, m, h, dv).
+
+        Raises:
+            ArgumentError: not one row for each token of the last update, or a second call for them.
+        """
+        if q.shape[2] != self._unattended:
+            raise ArgumentError(f"query must have {self._unattended} rows, one a new token; got {q.shape[2]}")
+        self._unattended = 0
         step = q.shape[2] <= ROWS and q.shape[2] < self._n
         if self.steps is not None and seen != self._seen:
             self._take_back()
@@ -125,17 +135,17 @@ class HSRLayer(CacheLayerMixin):
         k, v = self.keys, self.values
         assert k is not None and v is not None
         if not step:
-            self._queries = q[:, :, -KNOWN:].detach().clone()
-            if self._prompt_is_sparse(q, k, v):
+            self._queries = q[:, :, -KNOWN:].clone()
+            if self._prompt_is_sparse(q, k, v, seen):
                 _check(q, seen)
                 return self._prompted(q, k, v, seen, options["scaling"]).transpose(1, 2).contiguous()
         return dense(module, q, k, v, mask, seen, **options)
 
     def _begins(self, q: torch.Tensor, seen: Seen, scale: float) -> bool:
         """Make what serves steps, if the layer has come to where it is to."""
-        policy, _, dense_below, _ = self._policies
+        policy, dense_below = self._policies[0], self._policies[2]
         first = self._n - q.shape[2]  # tokens that were there before this pass
-        least = max(trial.LEAST, self._retry) if dense_below is None else dense_below
+        least = max(self._least, self._retry)
         capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph keeps what it found
         padded = max(seen.lefts or (0,))
         if policy is None or self._n < least or first <= padded or capturing:
@@ -173,13 +183,19 @@ class HSRLayer(CacheLayerMixin):
         rows = [steps.step(*(part[:, :, t : t + 1] for part in (q, k, v))) for t in range(q.shape[2])]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
 
-    def _prompt_is_sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    @property
+    def _least(self) -> int:
+        """Tokens below which steps are dense."""
+        return trial.LEAST if self._policies[2] is None else self._policies[2]
+
+    def _prompt_is_sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> bool:
         _, policy, dense_below, trials = self._policies
         if self.steps is not None and self._n - self.steps.told > REBUILD:
             self.steps = None
         if policy is None:
             return False
-        return trials.faster(policy, q, k, v) if dense_below is None else self._n >= dense_below
+        hidden = max(seen.lefts or (0,))
+        return trials.faster(policy, q, k, v, hidden) if dense_below is None else self._n >= dense_below
 
     def _prompted(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float) -> torch.Tensor:
         """(B, h, m, dv); rows of padding are zero."""
@@ -232,7 +248,9 @@ class HSRLayer(CacheLayerMixin):
         self._take_back()
         for held in self._held or ():
             held.keep(kept)
-        if self.steps is not None and self.steps.told > kept and not self.steps.forget(self.steps.told - kept):
+        if self.steps is not None and (
+            kept < self._least or (self.steps.told > kept and not self.steps.forget(self.steps.told - kept))
+        ):
             self.steps = None
         self._n = kept
 
@@ -283,16 +301,22 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As its base; the keys are noted with the layer."""
+        no_gradient(key_states, value_states)
         k, v = super().update(key_states, value_states)
-        self._seen_rows = k.view_as(k), v
-        return note(self._seen_rows[0], self), v
+        self._rows = noted_rows(k.view_as(k), v.view_as(v), self)
+        return self._rows
+
+    def reset(self) -> None:
+        """Forget everything; transformers 5.17 kept zeros in its place."""
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length = False, 0
 
     def attend(
         self, module: torch.nn.Module, q: torch.Tensor, mask: torch.Tensor | None, seen: Seen, **options: Any
     ) -> torch.Tensor:
         """As `HSRLayer.attend`."""
-        k, v = self._seen_rows
-        del self._seen_rows
+        k, v = self._rows
+        del self._rows
         return dense(module, q, k, v, mask, seen, self.sliding_window, **options)
 
 
@@ -301,5 +325,14 @@ def _check(q: torch.Tensor, seen: Seen) -> None:
         raise ArgumentError(
             "attention_mask must be of left padding, (B, n), where attention is sparse; got one that hides other keys"
         )
-    if q.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError("query must need no gradient where attention is sparse: call within torch.no_grad()")
+
+
+def no_gradient(*parts: torch.Tensor) -> None:
+    """ArgumentError where one of them needs a gradient, which attention over a cache does not give."""
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        raise ArgumentError('"hsr" attention must need no gradient: call the model within torch.no_grad()')
+
+
+def noted_rows(k: torch.Tensor, v: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an update returns: views, so that only these very objects carry the note."""
+    return note(k, layer), note(v, layer)

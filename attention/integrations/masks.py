@@ -45,7 +45,8 @@ def mask(
 
     A large causal or sliding mask is not made: None stands for it, or with padding the padding alone, (B, kv) bool.
     """
-    regular = mask_function is causal_mask_function or local_size is not None
+    changed = options.get("use_vmap", False) or not options.get("allow_is_causal_skip", True)  # by what models add
+    regular = mask_function is causal_mask_function or (local_size is not None and not changed)
     seen = Seen(*_lefts(attention_mask, kv_offset, kv_length)) if regular else Seen(None, False)
     if regular and seen.plain and batch_size * q_length * kv_length > EXPLICIT:
         if seen.lefts is None or attention_mask is None:

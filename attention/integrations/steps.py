@@ -101,9 +101,9 @@ class Sessions:
         return torch.stack([session.attend(row).output for session, row in zip(self._sessions, q, strict=True)])
 
     def forget(self, count: int) -> bool:
-        """See `Steps`; only sessions over an index, and without codes, can."""
-        gone = (session.gpu is not None or session.alive <= count for session in self._sessions)
-        if not self._evicts or any(gone):
+        """See `Steps`; only sessions over an index, without codes, can, and once."""
+        cannot = (one.gpu is not None or one.alive <= count or one.alive < one.n for one in self._sessions)
+        if not self._evicts or any(cannot):
             return False
         for session in self._sessions:
             session.evict(range(session.n - count, session.n))

