@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := $(VENV)/oldest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard figure3 retrieval clean
+.PHONY: help demo test test-long test-oldest check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard figure3 retrieval clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +20,10 @@ test: check ## lint, format, types, then every test that is not slow; what CI ru
 
 test-long: $(VENV)/.test ## every test, slow ones too, with two to ten times the random examples
 	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile=nightly
+
+test-oldest: $(VENV)/.test ## the tests of the integration with the oldest transformers that it serves
+	test -d $(OLDEST)/transformers || $(PIP) --target $(OLDEST) 'transformers==5.17.0'
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 tests/attention/integrations
 
 check: $(VENV)/.test ## lint, format and types alone
 	$(BIN)/ruff check
