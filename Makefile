@@ -22,7 +22,7 @@ test-long: $(VENV)/.test ## every test, slow ones too, with two to ten times the
 	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile=nightly
 
 test-oldest: $(VENV)/.test ## the tests of the integration with the oldest transformers that it serves
-	test -d $(OLDEST)/transformers || $(PIP) --target $(OLDEST) 'transformers==5.17.0'
+	test -d $(OLDEST)/transformers || $(PIP) --target $(OLDEST) 'transformers==5.17.0' $$(grep '^numpy==' constraints.txt)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 tests/attention/integrations
 
 check: $(VENV)/.test ## lint, format and types alone
