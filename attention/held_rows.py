@@ -13,8 +13,9 @@ class HeldRows:
     """
 
     def __init__(self, rows: torch.Tensor) -> None:
-        self._held = rows.clone(memory_format=torch.contiguous_format)
-        self.rows = self._held
+        with torch.inference_mode(False):  # tensors made within could not be written to outside
+            self._held = rows.clone(memory_format=torch.contiguous_format)
+            self.rows = self._held[:]
 
     def put(self, first: int, rows: torch.Tensor) -> None:
         """Write rows (G, t, ...) from the place ``first`` on, which is at most n: n becomes ``first + t``."""
@@ -22,7 +23,8 @@ class HeldRows:
         assert first <= self.rows.shape[1]
         if last > self._held.shape[1]:
             room = max(last, 2 * self._held.shape[1])
-            more = self._held.new_empty(len(rows), room, *rows.shape[2:])
+            with torch.inference_mode(False):
+                more = self._held.new_empty(len(rows), room, *rows.shape[2:])
             more[:, :first] = self._held[:, :first]
             self._held = more
         self._held[:, first:last] = rows
@@ -35,5 +37,6 @@ class HeldRows:
 
     def select(self, which: torch.Tensor) -> None:
         """Go on with some of the G, in the order of which (G',) int64, in other memory."""
-        self._held = self._held.index_select(0, which)
+        with torch.inference_mode(False):
+            self._held = self._held.index_select(0, which)
         self.rows = self._held[:, : self.rows.shape[1]]

@@ -34,7 +34,7 @@ class CapturedSteps:
     def __init__(self, model: Any, cache: HSRCache, room: int | None = None) -> None:
         self._model, self._cache = model, cache
         n = cache.get_seq_length()
-        self._room = cache.reserve(n + n // 4 if room is None else checks.whole("room", room, n))
+        self._room = cache.reserve(n + n // 4 if room is None else checks.whole("room", room, n + 1))
         batch = cache.batch
         self._token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         self._place = torch.full((batch, 1), n, dtype=torch.int64, device=model.device)
@@ -48,21 +48,36 @@ class CapturedSteps:
             self._logits = found.logits[:, -1]
             self._place += 1
         self._cache.advance(-1)
+        self._expected = self._cache.get_seq_length()
+        self._held = [(steps, steps.cache.room) for steps in self._cache.fused()]
+
+    def _is_stale(self) -> bool:
+        """Whether the graph is of other memory than the cache's, or has no room left."""
+        held = [(steps, steps.cache.room) for steps in self._cache.fused()]
+        same = all(a is b and x == y for (a, x), (b, y) in zip(held, self._held, strict=True))
+        return not same or self._cache.get_seq_length() >= self._room
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """The logits (B, vocabulary) that follow token (B, 1) int64; the next call overwrites them.
 
+        The cache may have been used otherwise in between: then the graph is captured anew where it must be.
+
         Raises:
-            ArgumentError: another shape or dtype.
+            ArgumentError: another shape or dtype, or a cache whose steps are no longer one launch each.
         """
         if token.shape != self._token.shape or token.dtype != torch.int64:
             raise ArgumentError(
                 f"token must be {tuple(self._token.shape)} of int64; got {tuple(token.shape)} of {token.dtype}"
             )
-        if self._cache.get_seq_length() >= self._room:
-            self._room = self._cache.reserve(2 * self._room)
+        n = self._cache.get_seq_length()
+        if self._is_stale():
+            self._room = self._cache.reserve(max(self._room, n + n // 4 + 1))
+            self._place.fill_(n)
             self._capture()
+        elif n != self._expected:
+            self._place.fill_(n)
         self._token.copy_(token)
         self._graph.replay()
         self._cache.advance(1)
+        self._expected = n + 1
         return self._logits

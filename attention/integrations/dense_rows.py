@@ -8,6 +8,9 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attention.integrations.masks import EXPLICIT, Seen
+from hsr.errors import ArgumentError
+
+WINDOW_ROWS = 1024  # of a block where rows see a window alone
 
 
 def dense(
@@ -26,8 +29,12 @@ def dense(
     if whole or (attention_mask is not None and attention_mask.ndim == 4):
         output: torch.Tensor = sdpa_attention_forward(module, q, k, v, attention_mask, **options)[0]
         return output
-    wide = n if window is None else min(n, window + 1024)
+    if not seen.plain:
+        raise ArgumentError("attention_mask must be of left padding, (B, n); got something else")
+    wide = n if window is None else min(n, window + WINDOW_ROWS)
     rows = max(EXPLICIT // (len(q) * wide), 1)
+    if window is not None:
+        rows = min(rows, WINDOW_ROWS)
     parts = []
     for first in range(0, m, rows):
         last = min(first + rows, m)

@@ -77,25 +77,35 @@ class HSRLayer(CacheLayerMixin):
         """Take in key_states (B, g, m, d) and value_states (B, g, m, dv); what it returns is for "hsr" attention alone.
 
         Raises:
-            ArgumentError: another batch than before; a last update that nobody attended to.
+            ArgumentError: another batch or dtype than before, gradients; rows before that nobody attended to, where
+                steps are one launch each.
         """
+        no_gradient(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._pending is not None:
-            raise ArgumentError('attn_implementation must be "hsr" with an HSRCache; the last step attended elsewhere')
+            raise ArgumentError("the last pass was refused or attended elsewhere: reset the cache")
+        if any(self._policies[:2]) and not key_states.dtype == value_states.dtype == self.dtype:
+            raise ArgumentError(
+                f"key_states and value_states must be {self.dtype}, without autocast; got {key_states.dtype} and "
+                f"{value_states.dtype}"
+            )
         if len(key_states) != self.batch:
             raise ArgumentError(f"key_states must have the cache's batch {self.batch}; got {len(key_states)}")
-        no_gradient(key_states, value_states)
-        self._n += key_states.shape[2]
-        self._unattended = key_states.shape[2]
         if isinstance(self.steps, Fused) and key_states.shape[2] <= ROWS:
             self._pending = key_states, value_states
+            self._took(key_states.shape[2])
             return noted_rows(key_states.view_as(key_states), value_states.view_as(value_states), self)
         self._take_back()
         self._put(key_states, value_states)
+        self._took(key_states.shape[2])
         k, v = self.keys, self.values
         assert k is not None and v is not None
         return noted_rows(k, v, self)
+
+    def _took(self, rows: int) -> None:
+        self._n += rows
+        self._unattended = rows
 
     def _put(self, k: torch.Tensor, v: torch.Tensor) -> None:
         rows = k.flatten(0, 1), v.flatten(0, 1)
@@ -134,6 +144,8 @@ class HSRLayer(CacheLayerMixin):
         self._take_back()
         k, v = self.keys, self.values
         assert k is not None and v is not None
+        if isinstance(self.steps, Sessions) and self._n - self.steps.told > REBUILD:
+            self.steps = None
         if not step:
             self._queries = q[:, :, -KNOWN:].clone()
             if self._prompt_is_sparse(q, k, v, seen):
@@ -176,7 +188,7 @@ class HSRLayer(CacheLayerMixin):
             self._pending = None
         else:
             held, told = (self.keys, self.values), steps.told
-            assert held[0] is not None and held[1] is not None
+            assert held[0] is not None and held[1] is not None and isinstance(steps, Sessions)
             if first > told:
                 steps.extend(held[0][:, :, told:first], held[1][:, :, told:first])
             k, v = held[0][:, :, first:], held[1][:, :, first:]
@@ -190,8 +202,6 @@ class HSRLayer(CacheLayerMixin):
 
     def _prompt_is_sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> bool:
         _, policy, dense_below, trials = self._policies
-        if self.steps is not None and self._n - self.steps.told > REBUILD:
-            self.steps = None
         if policy is None:
             return False
         hidden = max(seen.lefts or (0,))
@@ -218,7 +228,7 @@ class HSRLayer(CacheLayerMixin):
             ArgumentError: the layer's steps are not fused, so that no graph can have taken any.
         """
         if not isinstance(self.steps, Fused):
-            raise ArgumentError(f"count must be 0 where steps are not fused; got {count}")
+            raise ArgumentError(f"count must not be asked for where no step is one launch; got {count}")
         self._n += count
         self.steps.told += count
 
@@ -248,7 +258,7 @@ class HSRLayer(CacheLayerMixin):
         self._take_back()
         for held in self._held or ():
             held.keep(kept)
-        if self.steps is not None and (
+        if isinstance(self.steps, Sessions) and (
             kept < self._least or (self.steps.told > kept and not self.steps.forget(self.steps.told - kept))
         ):
             self.steps = None
@@ -274,16 +284,23 @@ class HSRLayer(CacheLayerMixin):
             heads = len(held.rows) // self.batch
             which = torch.tensor(sequences, device=held.rows.device)[:, None] * heads
             held.select((which + torch.arange(heads, device=which.device)).flatten())
-        if self.steps is not None and not self.steps.select(sequences):
+        if isinstance(self.steps, Sessions) and not self.steps.select(sequences):
             self.steps = None
         if self._seen.lefts is not None:
-            self._seen = Seen(tuple(self._seen.lefts[sequence] for sequence in sequences))
+            lefts = tuple(self._seen.lefts[sequence] for sequence in sequences)
+            self._seen = Seen(lefts if any(lefts) else None)
         if self._queries is not None:
             self._queries = self._queries[list(sequences)]
         self.batch = len(sequences)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HSRLayer:
-        """The rows in other memory; steps are made anew where they are needed."""
+        """The rows in other memory; steps are made anew where they are needed.
+
+        Raises:
+            ArgumentError: rows that nobody attended to.
+        """
+        if self._pending is not None:
+            raise ArgumentError("the last pass was refused or attended elsewhere: reset the cache")
         layer = HSRLayer(*self._policies)
         vars(layer).update(vars(self) | {"steps": None, "_pending": None})
         k, v = self.keys, self.values
@@ -304,6 +321,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
         no_gradient(key_states, value_states)
         k, v = super().update(key_states, value_states)
         self._rows = noted_rows(k.view_as(k), v.view_as(v), self)
+        self._unattended = key_states.shape[2]
         return self._rows
 
     def reset(self) -> None:
@@ -315,6 +333,9 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self, module: torch.nn.Module, q: torch.Tensor, mask: torch.Tensor | None, seen: Seen, **options: Any
     ) -> torch.Tensor:
         """As `HSRLayer.attend`."""
+        if q.shape[2] != self._unattended:
+            raise ArgumentError(f"query must have {self._unattended} rows, one a new token; got {q.shape[2]}")
+        self._unattended = 0
         k, v = self._rows
         del self._rows
         return dense(module, q, k, v, mask, seen, self.sliding_window, **options)

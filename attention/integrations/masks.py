@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from hsr.errors import ArgumentError
+
 EXPLICIT = 1 << 26  # elements of the largest mask that is made: beyond, layers make theirs in blocks of rows
 
 
@@ -45,10 +47,12 @@ def mask(
 
     A large causal or sliding mask is not made: None stands for it, or with padding the padding alone, (B, kv) bool.
     """
+    if options.get("allow_is_bidirectional_skip", False):
+        raise ArgumentError('config must have causal attention with "hsr"; got a mask that looks both ways')
     changed = options.get("use_vmap", False) or not options.get("allow_is_causal_skip", True)  # by what models add
     regular = mask_function is causal_mask_function or (local_size is not None and not changed)
     seen = Seen(*_lefts(attention_mask, kv_offset, kv_length)) if regular else Seen(None, False)
-    if regular and seen.plain and batch_size * q_length * kv_length > EXPLICIT:
+    if regular and not changed and seen.plain and batch_size * q_length * kv_length > EXPLICIT:
         if seen.lefts is None or attention_mask is None:
             return None
         return note(attention_mask[:, kv_offset : kv_offset + kv_length], seen)
@@ -92,8 +96,11 @@ def noted(tensor: torch.Tensor | None) -> Any:
 
 
 def seen(attention_mask: torch.Tensor | None) -> Seen:
-    """What a layer's mask says; a mask that somebody else made is not plain."""
+    """What a layer's mask says; one of four axes that somebody else made, or copied, is not plain."""
     if attention_mask is None:
         return Seen()
     found = noted(attention_mask)
-    return found if isinstance(found, Seen) else Seen(None, False)
+    if isinstance(found, Seen):
+        return found
+    padding = attention_mask.ndim == 2 and attention_mask.dtype == torch.bool
+    return Seen(*_lefts(attention_mask, 0, attention_mask.shape[1])) if padding else Seen(None, False)

@@ -26,23 +26,17 @@ class Steps(Protocol):
     """
 
     told: int
-    keys: int
     steps: int
+
+    @property
+    def keys(self) -> int:
+        """See the class."""
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Take in a token and attend."""
 
     def attend(self, q: torch.Tensor) -> torch.Tensor:
         """Attend to what is there; nothing is counted."""
-
-    def extend(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Take in tokens, (B, g, t, d) and (B, g, t, dv)."""
-
-    def forget(self, count: int) -> bool:
-        """Drop the newest tokens; whether it could."""
-
-    def select(self, sequences: Sequence[int]) -> bool:
-        """Go on with these sequences of the batch, in this order; whether it could."""
 
     def reported(self) -> int:
         """Keys that the counted steps read."""
@@ -77,10 +71,15 @@ class Sessions:
         self._reported: Any = 0
         self._certificates: list[Certificate] = []
         self.told = k.shape[2]
-        self.keys = self.steps = 0
+        self.steps = self._keys = 0
+
+    @property
+    def keys(self) -> int:
+        """See `Steps`."""
+        return self._keys
 
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """See `Steps`."""
+        """Take in tokens, (B, g, t, d) and (B, g, t, dv)."""
         for session, key, value in zip(self._sessions, k, v, strict=True):
             session.append(key, value)
         self.told += k.shape[2]
@@ -92,7 +91,7 @@ class Sessions:
         self._certificates = [result.certificate for result in results]
         for result in results:
             self._reported = self._reported + result.counters.reported.sum()
-            self.keys += result.n * q.shape[1]
+            self._keys += result.n * q.shape[1]
         self.steps += 1
         return torch.stack([result.output for result in results])
 
@@ -101,7 +100,7 @@ class Sessions:
         return torch.stack([session.attend(row).output for session, row in zip(self._sessions, q, strict=True)])
 
     def forget(self, count: int) -> bool:
-        """See `Steps`; only sessions over an index, without codes, can, and once."""
+        """Drop the newest tokens; whether it could: only sessions over an index, without codes, can, and once."""
         cannot = (one.gpu is not None or one.alive <= count or one.alive < one.n for one in self._sessions)
         if not self._evicts or any(cannot):
             return False
@@ -111,7 +110,7 @@ class Sessions:
         return True
 
     def select(self, sequences: Sequence[int]) -> bool:
-        """See `Steps`; a sequence that goes on more than once is copied."""
+        """Go on with these sequences, copies where one comes twice; whether it could, as sessions over an index can."""
         if any(session.gpu is not None for session in self._sessions):
             return False
         moved: set[int] = set()
@@ -157,19 +156,16 @@ class Fused:
         )  # fmt: skip
         self.cache = SampledCache(k, v, heads, draws, scale, queries=queries)
         self.told = k.shape[2]
-        self.keys = self.steps = 0
+        self.steps = 0
+
+    @property
+    def keys(self) -> int:
+        """See `Steps`; replays of a graph count as well."""
+        return self.cache.batch * self.cache.groups * self.cache.per * self.told * self.steps
 
     def rows(self, which: int) -> torch.Tensor:
         """The keys (0) or the values (1) held, (B, g, n, d), a view."""
         return (self.cache.keys, self.cache.values)[which][:, :, : self.told]
-
-    def extend(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """See `Steps`."""
-        if self.told + k.shape[2] > self.cache.room:
-            self.cache.reserve(2 * (self.told + k.shape[2]))
-        for t in range(k.shape[2]):
-            self.cache.append(k[:, :, t], v[:, :, t])
-        self.told += k.shape[2]
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `Steps`."""
@@ -178,7 +174,7 @@ class Fused:
         self.told += 1
         output = torch.empty_like(q, memory_format=torch.contiguous_format)
         self.cache.step(q[:, :, 0], k[:, :, 0], v[:, :, 0], output[:, :, 0])
-        self.keys, self.steps = q.shape[0] * q.shape[1] * self.told, 1
+        self.steps = 1
         return output
 
     def attend(self, q: torch.Tensor) -> torch.Tensor:
@@ -186,14 +182,6 @@ class Fused:
         output = torch.empty_like(q, memory_format=torch.contiguous_format)
         self.cache.attend(q[:, :, 0], output[:, :, 0])
         return output
-
-    def forget(self, count: int) -> bool:
-        """See `Steps`."""
-        return False
-
-    def select(self, sequences: Sequence[int]) -> bool:
-        """See `Steps`."""
-        return False
 
     def reported(self) -> int:
         """See `Steps`."""

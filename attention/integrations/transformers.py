@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,9 @@ REFUSED = (
     "position_bias",
     "softcap",
     "s_aux",
+    "sinks",
+    "block_indices",
+    "indices",
     "cache",
     "output_attentions",
     "head_mask",
@@ -77,7 +80,8 @@ def attention(
             f"got others, of shapes {tuple(key.shape)} and {tuple(value.shape)}"
         )
     no_gradient(query)
-    wrong = [name for name in REFUSED if options.get(name) not in (None, False)] + ["dropout"] * (dropout > 0)
+    given = (name for name in REFUSED if options.get(name) is not None and options[name] is not False)
+    wrong = [*given, *["dropout"] * (dropout > 0)]
     if wrong:
         raise ArgumentError(f'{wrong[0]} must be left out: "hsr" attention does not support it')
     if is_causal is False or not getattr(module, "is_causal", True):
@@ -85,16 +89,17 @@ def attention(
     if isinstance(layer, HSRLayer) and options.get("sliding_window") is not None:
         raise ArgumentError("sliding_window must be None in a layer that the cache takes for one with full attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layer.attend(module, query, attention_mask, masks.seen(attention_mask), scaling=scale), None
+    with torch.cuda.device_of(query):  # where kernels are launched
+        return layer.attend(module, query, attention_mask, masks.seen(attention_mask), scaling=scale), None
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What sparse decode steps read.
+    """What sparse decode steps attended to.
 
     Attributes:
-        keys: keys that could have been read, summed over steps, layers, sequences and query heads.
-        reported: keys that were.
+        keys: keys that there were, summed over steps, layers, sequences and query heads.
+        reported: keys that were attended to; what is read to choose them, as codes are, does not count.
         steps: steps counted, of the layer that has most: all of them, but the last alone where a step is one launch on
             a GPU.
         certificates: of the last step, one for each layer, arrays (B, h, 1); None of a layer without.
@@ -107,7 +112,7 @@ class Reading:
 
     @property
     def share(self) -> float:
-        """Of the keys, how many were read; 1 where no step was sparse."""
+        """Of the keys, how many were attended to; 1 where no step was sparse."""
         return self.reported / self.keys if self.keys else 1.0
 
 
@@ -123,12 +128,13 @@ class HSRCache(Cache):
         decode: policy of passes of one token, see `attention.DecodeSession`, or one for each layer; None is dense.
         prefill: policy of longer ones, see `attention.prefill`, or one for each layer; None is dense.
         dense_layers: layers that are always dense.
-        dense_below: tokens (padding included) below which attention is dense, to the bit as with "sdpa". "auto" tries:
-            a layer's steps, from 1,024 tokens on and again whenever they have doubled, are timed beside dense ones
-            until they are faster; prompts are by trials of one as long.  Outputs then depend on the clock: give a
-            number where they must be the same in every run.
+        dense_below: tokens (of the longest sequence) below which attention is dense, to the bit as with "sdpa". "auto"
+            tries: a layer's steps, from 1,024 tokens on and again whenever they have doubled, are timed beside dense
+            ones until they are faster; prompts are by trials of one as long.  Outputs then depend on the clock: give a
+            number where they must be the same in every run, one from which the policies can serve.
 
-    A pass that is refused leaves its tokens in the layers before: `reset` the cache, or go on with a copy from before.
+    After a pass that is refused, `reset` the cache, or go on with a copy from before: some layers hold its tokens.
+    Where a step is one launch, crops, reordered beams and prompts of more than 16 tokens make all codes anew.
 
     Raises:
         ArgumentError: a model without "hsr" attention, with layers of another kind than full or sliding-window
@@ -179,12 +185,23 @@ class HSRCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Cache.update`; ArgumentError where the model's attention was changed to another than "hsr"."""
+        """As `Cache.update`.
+
+        Raises:
+            ArgumentError: the model's attention was changed to another than "hsr", or a pass was refused half-way.
+        """
         self._check_attention()
+        if layer_idx:
+            before, held = (self.get_seq_length(number) for number in (layer_idx - 1, layer_idx))
+            if before != held + key_states.shape[2]:
+                raise ArgumentError(f"the last pass was refused at layer {layer_idx - 1}: reset the cache")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def report(self) -> Reading:
-        """What the sparse steps so far read; on a GPU it waits for them."""
+        """What sparse steps attended to since they were last made; on a GPU it waits for them.
+
+        They are made anew after a crop, a copy, another padding or a long prompt, and where a GPU reorders beams.
+        """
         served = [layer.steps if isinstance(layer, HSRLayer) else None for layer in self.layers]
         running = [steps for steps in served if steps is not None]
         return Reading(
@@ -205,15 +222,19 @@ class HSRCache(Cache):
         Raises:
             ArgumentError: a layer whose steps are not.
         """
-        for steps in self._fused():
+        every = self.fused()
+        for steps in every:
             steps.cache.reserve(room)
-        return min(steps.cache.room for steps in self._fused())
+        return min(steps.cache.room for steps in every)
 
-    def _fused(self) -> Iterator[Fused]:
+    def fused(self) -> list[Fused]:
+        """What serves the layers where a step is one launch in each; ArgumentError where it is not."""
+        found = []
         for number, layer in enumerate(self.layers):
             if not isinstance(layer, HSRLayer) or not isinstance(layer.steps, Fused):
                 raise ArgumentError(f"decode must be Sampled(budget=...) on a GPU, and begun; layer {number} has not")
-            yield layer.steps
+            found.append(layer.steps)
+        return found
 
     def advance(self, count: int) -> None:
         """Note tokens that replays of a CUDA graph took in, or, below zero, that its capture did not."""

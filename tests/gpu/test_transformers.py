@@ -127,6 +127,31 @@ def test_captured_steps_are_the_eager_ones(model: Any, batch: int) -> None:
     assert cache.get_seq_length() == 500 and cache.layers[1].steps.cache.lengths.tolist() == [500] * 2 * batch
     with pytest.raises(ArgumentError, match="token must be"):
         steps(ids[:, :2])
+    assert cache.report().keys == 500 * 4 * batch * 2 and cache.report().share < 0.9
+
+
+def test_captured_steps_follow_a_cache_that_was_used_otherwise(model: Any) -> None:
+    """An eager pass, a crop and a reset in between: places and memory are the cache's, not the graph's."""
+    ids = tokens(1, 420)
+
+    def fresh() -> HSRCache:
+        cache = HSRCache(model.config, decode=ALL, dense_below=0)
+        passes(model, cache, ids, [400, 1])
+        return cache
+
+    wanted = passes(model, fresh(), ids[:, 401:], [1] * 10)
+    cache = fresh()
+    steps = CapturedSteps(model, cache)
+    found = [steps(ids[:, 401:402])[:, None].float().clone()]
+    found.append(passes(model, cache, ids[:, 402:], [1]))
+    found.append(steps(ids[:, 403:404])[:, None].float().clone())
+    cache.crop(-1)
+    found[-1] = passes(model, cache, ids[:, 403:], [1])
+    found.append(steps(ids[:, 404:405])[:, None].float().clone())
+    near(torch.cat(found, 1), wanted[:, :4])
+    cache.reset()
+    passes(model, cache, ids, [400, 1])
+    near(steps(ids[:, 401:402])[:, None].float(), wanted[:, :1])
 
 
 def test_what_cannot_be_captured_is_told(model: Any) -> None:
