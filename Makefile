@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard figure3 retrieval clean
+.PHONY: help demo test test-long check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard figure3 retrieval model-checks clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ figure3: $(VENV)/.demo ## the paper's experiment, perplexity against r; writes f
 retrieval: $(VENV)/.demo ## what a model still finds with sparse decode steps; writes retrieval.json and .md likewise
 	$(BIN)/python -m benchmarks.run retrieval --json benchmarks/results/retrieval.json
 	$(BIN)/python -m benchmarks.retrieval_table benchmarks/results/retrieval.json
+
+model-checks: $(VENV)/.demo ## what the transformers integration promises, on a real model; writes model-checks.json likewise
+	$(BIN)/python -m benchmarks.run model-checks --json benchmarks/results/model-checks.json
 
 clean: ## remove .venv, caches, build products and reports
 	rm -rf $(VENV) build dist demo_report .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
