@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test test-long check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard figure3 retrieval model-checks clean
 
 help: ## this text
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 make ... picks the interpreter of a new $(VENV)"
 
 demo: $(VENV)/.demo ## a small real model with and without half-space reporting; writes demo_report/
