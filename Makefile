@@ -6,10 +6,10 @@ OLDEST := $(VENV)/oldest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-oldest check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard figure3 retrieval clean
+.PHONY: help demo test test-long test-oldest check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard figure3 retrieval model-checks clean
 
 help: ## this text
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 make ... picks the interpreter of a new $(VENV)"
 
 demo: $(VENV)/.demo ## a small real model with and without half-space reporting; writes demo_report/
@@ -73,6 +73,9 @@ figure3: $(VENV)/.demo ## the paper's experiment, perplexity against r; writes f
 retrieval: $(VENV)/.demo ## what a model still finds with sparse decode steps; writes retrieval.json and .md likewise
 	$(BIN)/python -m benchmarks.run retrieval --json benchmarks/results/retrieval.json
 	$(BIN)/python -m benchmarks.retrieval_table benchmarks/results/retrieval.json
+
+model-checks: $(VENV)/.demo ## what the transformers integration promises, on a real model; writes model-checks.json likewise
+	$(BIN)/python -m benchmarks.run model-checks --json benchmarks/results/model-checks.json
 
 clean: ## remove .venv, caches, build products and reports
 	rm -rf $(VENV) build dist demo_report .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -41,6 +41,7 @@ CASES = {  # name -> module with rows(quick, note), an iterable of dicts with eq
     "leaderboard": "benchmarks.leaderboard_case",
     "figure3": "benchmarks.figure3_case",
     "retrieval": "benchmarks.retrieval_case",
+    "model-checks": "benchmarks.model_checks_case",
     "end-to-end": "benchmarks.end_to_end_case",
 }
 PACKAGES = ("hsr-attention", "numpy", "scipy", "numba", "faiss-cpu", "torch", "triton", "transformers")
