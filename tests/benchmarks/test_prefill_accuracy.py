@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the case measures torch tensors")
@@ -160,16 +161,21 @@ def test_ours_on_the_gpu_errs_as_on_the_cpu(causal: bool) -> None:
     pytest.importorskip("triton", reason="the kernels are Triton's")
     single = prompt(4, 512, 64)
     half = Prompt(*(part.to(case.HERE).half() for part in single))
-    kept, outputs = {}, {}
-    for name, found in (
-        ("cpu", case.drawn_on_cpu(single, 0.7, 4, causal, 1)),
-        ("gpu", case.drawn_on_gpu(half, 0.7, 4, causal, 1)),
-    ):
-        kept[name, 0.7], outputs[name, 0.7] = found.kept(1, 4), found.output[1].float()
-    judged = case.judged(Head(single.q[1], single.k[0], single.v[0]), kept, outputs)
-    cpu, gpu = judged["cpu", 0.7], judged["gpu", 0.7]
-    assert gpu.density == pytest.approx(cpu.density, abs=0.01) and gpu.mass == pytest.approx(cpu.mass, abs=0.02)
-    assert gpu.errors.mean() == pytest.approx(cpu.errors.mean(), rel=0.3)
+    found: dict[str, list[tuple[float, float, float]]] = {"cpu": [], "gpu": []}
+    for seed in range(6):  # half precision moves codes, and with them what a seed draws
+        kept, outputs = {}, {}
+        for name, drawn in (
+            ("cpu", case.drawn_on_cpu(single, 0.7, 4, causal, seed)),
+            ("gpu", case.drawn_on_gpu(half, 0.7, 4, causal, seed)),
+        ):
+            kept[name, 0.7], outputs[name, 0.7] = drawn.kept(1, 4), drawn.output[1].float()
+        judged = case.judged(Head(single.q[1], single.k[0], single.v[0]), kept, outputs)
+        for name, each in found.items():
+            one = judged[name, 0.7]
+            each.append((float(one.density), float(one.mass), float(one.errors.mean())))
+    cpu, gpu = (np.array(each).mean(axis=0) for each in found.values())
+    assert gpu[0] == pytest.approx(cpu[0], abs=0.01) and gpu[1] == pytest.approx(cpu[1], abs=0.02)
+    assert gpu[2] == pytest.approx(cpu[2], rel=0.2)
 
 
 @pytest.mark.parametrize("fault", ["token-oracle", "sampled-8"])
