@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the model is transformers'")
 
 from attention import Dense, Sampled, TopR, prefill  # noqa: E402
 from benchmarks import figure3_case as case  # noqa: E402
-from benchmarks import figure3_statement, perplexity, plots, run, smollm  # noqa: E402
+from benchmarks import figure3_figures, figure3_statement, perplexity, plots, run, smollm  # noqa: E402
 from benchmarks.gate import WrongAnswer  # noqa: E402
 from tests import tiny_llama  # noqa: E402
 
@@ -122,7 +122,25 @@ def test_sentences_follow_from_the_rows() -> None:
         head | {"method": "TopR", "r": r, "reported": r, "ratio": x, "late_ratio": 2 * x} for r, x in ratios.items()
     ]
     rows.append(head | {"method": "Sampled", "r": None, "reported": 20.0, "ratio": 1.004, "late_ratio": 1.0})
+    rows.append(rows[-1] | {"reported": 10.0, "ratio": 1.001, "late_ratio": 1.02, "setting": "eps=0.2"})
     said = " ".join(figure3_statement.claims(rows))
-    assert "less than 1 % over the whole text from r = 32 on" in said and "more over its second half" in said
-    assert "does not hold" in said and "r = 16 the loss is +20.00 %" in said
-    assert "Sampled loses less than 1 % from 20 keys" in said and "top-r of 32 (r = 32) +0.50 %" in said
+    assert "less than 1 % over the whole text from r = 32 (32 keys a row) on" in said
+    assert "more over its second half" in said
+    assert "does not hold" in said and "r = 16 (16 keys a row) the loss is +20.00 %, +140.00 % in the" in said
+    assert "Sampled loses less than 1 % over the whole text with 10 keys a row (`eps=0.2`): +0.10 %, +2.00 %" in said
+    assert "Sampled loses less than 1 % over its second half with 20 keys a row (`eps=0.1`): +0.40 %" in said
+    assert "top-r with r = 32 (32 keys a row): +0.50 %, +101.00 % in the second half." in said
+
+
+def test_all_rows_are_drawn_at_their_keys_a_row() -> None:
+    measured = run.json.loads((run.ROOT / run.MEASURED / "figure3.json").read_text())
+    sparse = [row for row in measured["rows"] if row["method"] != "Dense"]
+    assert any(row["setting"] == "" for row in sparse)
+    figure = plots.figures(measured)[""]
+    for axis, column in zip(figure.axes, ("perplexity", "kl"), strict=True):
+        drawn = [tuple(place) for line in axis.lines[: len(figure3_figures.STYLES)] for place in line.get_xydata()]
+        assert sorted(drawn) == sorted((row["reported"], row[column]) for row in sparse)
+    marks = [text.get_text() for text in figure.axes[1].texts]
+    assert len(marks) == sum(row["method"] != "TopR" for row in sparse) and "default" in marks
+    with pytest.raises(AssertionError, match="no line"):
+        figure3_figures.figures([*measured["rows"], sparse[0] | {"method": "Other"}])
