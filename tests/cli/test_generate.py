@@ -219,6 +219,8 @@ def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path, monkey
     assert "at least one token" in reason(folder, "")
     assert "a folder that exists" in reason(tmp_path / "none", "hi")
     assert "a file that exists where it ends with .gguf" in reason("none.gguf", "hi")
+    for model in ("smollm2", "X.gguf"):
+        assert f"--gguf needs a MODEL that is a folder or repository; got {model}" in reason(model, "hi", "--gguf", "y")
     assert "could not be loaded" in reason(tmp_path, "hi")
     monkeypatch.setattr(language_model.smollm, "MODEL_PACKAGE", "no_such_package")
     assert "make .venv/.demo" in reason("smollm2", "hi")
