@@ -71,8 +71,12 @@ def test_everything_is_said_of_keys_with_queries(tmp_path: Path) -> None:
 
 def test_queries_are_made_where_none_are_given_and_degenerate_keys_are_served(tmp_path: Path) -> None:
     keys = np.zeros((40, 2), np.float64)
-    status, out, _ = invoked("explain", str(saved(tmp_path / "a.npz", things=keys)), "--save", str(tmp_path))
+    file = saved(tmp_path / "<b>&.npz", **{"<script>&": keys})
+    status, out, _ = invoked("explain", str(file), "--save", str(tmp_path))
     assert status == 0
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("The keys of &lt;b&gt;&amp;.npz") == 2 and "<b>" not in page
+    assert "array &lt;script&gt;&amp;, float64" in page and "<script>" not in page
     assert "self-made, keys drawn at random less their mean (seed 0)" in out
     assert "layers" in out
     line = next(line for line in out.splitlines() if line.startswith("│ 0 "))
