@@ -26,7 +26,8 @@ COLUMNS: Mapping[str, Callable[[Any], str]] = {
     "kl": "{:.2g}".format,
 }
 LEGEND = (
-    "`benchmarks/figure3_case.py` says what the columns mean; a loss is a perplexity above that of dense attention."
+    "`reported` is the mean number of keys a row, `benchmarks/figure3_case.py` says what the others are; a loss is a "
+    "perplexity above that of dense attention."
 )
 ORACLE = (
     "Top-r is an oracle: it knows every score, so this says what r keys can hold, not what finding them costs.  What "

@@ -15,6 +15,7 @@ pytest.importorskip("transformers", reason="the model is transformers'")
 
 from attention import Sampled, TopR  # noqa: E402
 from attention.integrations.transformers import HSRCache  # noqa: E402
+from attention.selectors import TopOracle  # noqa: E402
 from benchmarks import retrieval_case as case  # noqa: E402
 from benchmarks import retrieval_table, retrieval_tasks, run, smollm  # noqa: E402
 from benchmarks.gate import WrongAnswer  # noqa: E402
@@ -154,6 +155,18 @@ def test_what_cannot_be_measured_is_refused(
     monkeypatch.setattr(case, "gate", lambda *_: None)
     assert run.main(["retrieval", "--device", "cpu", "--tasks", "passkey", *asked.split()]) == 2
     assert capsys.readouterr().err == reason + "\n"
+
+
+def test_the_device_that_is_asked_for_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, kind in (("cpu", TopR), ("cuda:0", TopOracle)):
+        tops = [type(policy) for policy in case.policies(device) if isinstance(policy, TopR | TopOracle)]
+        assert set(tops) == {kind}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="device must be cpu where torch finds no CUDA device; got 'cuda'"):
+        case.where("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
+    assert (case.where("cpu"), case.where("cuda:1")) == ("cpu", "GPU cuda:1")
 
 
 def test_dense_must_serve(reader: case.Reader, monkeypatch: pytest.MonkeyPatch) -> None:
