@@ -16,10 +16,11 @@ import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from benchmarks import demo, index_case, real_keys, run
+from benchmarks import demo, index_case, page, real_keys, run
 from benchmarks.cli import app as front
 from benchmarks.cli.app import app
-from benchmarks.cli.bench import first_line, report
+from benchmarks.cli.bench import first_line
+from benchmarks.cli.bench import report as written
 from benchmarks.readme_table import README
 from benchmarks.run import CASES
 from proofs_checks.check import discover
@@ -147,16 +148,16 @@ def test_a_case_writes_measurements_figures_and_a_page(monkeypatch: pytest.Monke
     parts = [rng.standard_normal(shape, dtype=np.float32) for shape in ((2, 4, 32), (1, 67, 32), (1, 67, 32))]
     monkeypatch.setattr(real_keys, "layers", lambda tokens: [real_keys.Layer(*parts)])
     monkeypatch.setattr("benchmarks.pruning_case.missing", lambda: None)
-    file, page = tmp_path / "new" / "pruning.json", tmp_path / "page.html"
-    status, out, err = invoked("bench", "pruning", "--quick", "--json", str(file), "--html", str(page))
+    file, report = tmp_path / "new" / "pruning.json", tmp_path / "page.html"
+    status, out, err = invoked("bench", "pruning", "--quick", "--json", str(file), "--html", str(report))
     assert status == 0
     assert err.count("\n") == len(json.loads(file.read_text())["rows"]) and err.startswith("layer 0  bound ")
     assert file.read_text().startswith('{\n "case": "pruning"')
     figure = file.with_name("pruning-survivors.png")
     assert figure.read_bytes().startswith(b"\x89PNG")
-    for line in (f"written: {file}", f"written: {figure}", f"written: {page}", "surviving_fraction", "int8 codes"):
+    for line in (f"written: {file}", f"written: {figure}", f"written: {report}", "surviving_fraction", "int8 codes"):
         assert line in out
-    text = page.read_text()
+    text = report.read_text()
     assert text.count("data:image/png;base64,") == 1
     assert "<td>box of 16</td>" in text
     figure.unlink()
@@ -187,9 +188,16 @@ def test_figures_that_could_not_be_drawn_are_refused_before_the_work(
 def test_a_figure_without_a_name_is_titled_by_its_case() -> None:
     figure = Figure()
     measured = run.head("figure3", index_case, "hsr <&>", {}) | {"notes": [ODD], "rows": [{ODD: ODD}]}
-    text = report(measured, {"": figure}, 1.0)
+    text = written(measured, {"": figure}, 1.0)
     assert "<h2>figure3</h2>" in text and "<h2></h2>" not in text
     assert "<script>" not in text and "hsr &lt;&amp;&gt;" in text and text.count(html.escape(ODD)) == 3
+
+
+def test_no_part_of_a_page_is_markup() -> None:
+    facts = {"versions": {ODD: ODD}, "command": ODD, "date": "", "commit": "", "cpu": ODD, "threads": 2}
+    parts = [page.image(ODD, b""), page.table([ODD], [[ODD]]), page.made(facts, ODD), page.page(ODD, "", [(ODD, "")])]
+    assert [part.count(html.escape(ODD)) for part in parts] == [1, 2, 5, 3]
+    assert not any("<script>" in part for part in parts)
 
 
 def test_a_wrong_answer_is_a_failure_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
