@@ -71,7 +71,7 @@ figure3: $(VENV)/.demo ## the paper's experiment, perplexity against r; writes f
 	$(BIN)/python -m benchmarks.figure3_statement benchmarks/results/figure3.json
 
 retrieval: $(VENV)/.demo ## what a model still finds with sparse decode steps; writes retrieval.json and .md likewise
-	$(BIN)/python -m benchmarks.run retrieval --tokens 2048 --json benchmarks/results/retrieval.json
+	$(BIN)/python -m benchmarks.run retrieval --tokens 2048 --samples 3 --json benchmarks/results/retrieval.json
 	$(BIN)/python -m benchmarks.retrieval_table benchmarks/results/retrieval.json
 
 clean: ## remove .venv, caches, build products and reports
