@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test test-long test-oldest check proofs bench scaling tree-data pruning accuracy decode-cpu long-decode leaderboard figure3 retrieval model-checks clean
 
 help: ## this text
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 make ... picks the interpreter of a new $(VENV)"
 
 demo: $(VENV)/.demo ## a small real model with and without half-space reporting; writes demo_report/
@@ -66,12 +66,12 @@ leaderboard: $(VENV)/.demo ## published systems and ours on the same heads; writ
 	$(BIN)/python -m benchmarks.leaderboard_table benchmarks/results/leaderboard.json
 
 figure3: $(VENV)/.demo ## the paper's experiment, perplexity against r; writes figure3.json, .png and .md likewise
-	$(BIN)/python -m benchmarks.run figure3 --json benchmarks/results/figure3.json
+	$(BIN)/python -m benchmarks.run figure3 --tokens 2048 --json benchmarks/results/figure3.json
 	$(BIN)/python -m benchmarks.plots benchmarks/results/figure3.json
 	$(BIN)/python -m benchmarks.figure3_statement benchmarks/results/figure3.json
 
 retrieval: $(VENV)/.demo ## what a model still finds with sparse decode steps; writes retrieval.json and .md likewise
-	$(BIN)/python -m benchmarks.run retrieval --json benchmarks/results/retrieval.json
+	$(BIN)/python -m benchmarks.run retrieval --tokens 2048 --samples 3 --json benchmarks/results/retrieval.json
 	$(BIN)/python -m benchmarks.retrieval_table benchmarks/results/retrieval.json
 
 model-checks: $(VENV)/.demo ## what the transformers integration promises, on a real model; writes model-checks.json likewise

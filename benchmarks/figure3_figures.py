@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 CLAIMED = 2**4  # r from which on the paper sees no loss
-STYLES = {  # colours of the Okabe-Ito palette; a line joins the settings of one parameter
+LEAST = 1e-6  # divergences below it, of rounding alone, are drawn on a linear scale
+STYLES = {  # colours of the Okabe-Ito palette; a line joins the settings of one parameter, the first has the default
     "TopR r": ("#000000", "o"),
     "Sampled eps": ("#0072b2", "s"),
     "Sampled budget": ("#56b4e9", "D"),
@@ -27,9 +28,11 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
     for axis, (column, label) in zip(axes, PANELS.items(), strict=True):
         _panel(axis, rows, column)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set(xlabel="keys that a row attends to (TopR: r)", ylabel=label)
+        axis.set(xlabel="keys a row, mean", ylabel=label)
         axis.grid(alpha=0.25, linewidth=0.6, which="both")
+    axes[0].set_yscale("log")
+    axes[1].set_yscale("symlog", linthresh=LEAST)
+    axes[1].set_ylim(-LEAST, 2 * max(row["kl"] for row in rows))
     axes[0].axhline(rows[0]["dense_perplexity"], color="0.4", linewidth=1, label="dense")
     axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(
@@ -39,17 +42,21 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def _panel(axis: Axes, rows: Sequence[Row], column: str) -> None:
+    drawn = 0
     for name, (colour, mark) in STYLES.items():
-        method, parameter = name.split()
-        line = [row for row in rows if row["method"] == method and row["setting"].startswith(parameter)]
-        line = sorted((row for row in line if row["ratio"] and row[column] > 0), key=_keys)
-        axis.plot([_keys(row) for row in line], [row[column] for row in line], marker=mark, color=colour, label=name)
-        if method != "TopR" and column == "kl":
-            for row in line:
-                place = (_keys(row), row[column])
-                axis.annotate(row["setting"].split("=")[1], place, (4, 4), textcoords="offset points", fontsize=7)
+        line = sorted((row for row in rows if _line(row) == name), key=lambda row: row["reported"])
+        places = [(row["reported"], row[column]) for row in line]
+        axis.plot(*zip(*places, strict=True) if places else ([], []), marker=mark, color=colour, label=name)
+        drawn += len(line)
+        if not name.startswith("TopR") and column == "kl":
+            for row, place in zip(line, places, strict=True):
+                value = row["setting"].partition("=")[2] or "default"
+                axis.annotate(value, place, (4, 4), textcoords="offset points", fontsize=7)
+    assert drawn == sum(row["method"] != "Dense" for row in rows), "a row has no line"
     axis.axvline(CLAIMED, color="#d55e00", linestyle="--", linewidth=1, label="the paper: no loss until r < 2^4")
 
 
-def _keys(row: Row) -> float:
-    return float(row["r"] or row["reported"])
+def _line(row: Row) -> str | None:
+    """The line of STYLES that a row belongs to; a default setting to its method's first."""
+    name = f"{row['method']} {row['setting'].partition('=')[0]}"
+    return next((line for line in STYLES if line.startswith(name)), None)

@@ -6,16 +6,18 @@ policy, through `attention.integrations.transformers.HSRCache`, in all layers an
 So every difference is that of decoding.  The last KNOWN tokens of the context are read anew for each policy, densely,
 as its codes are fitted to their queries.
 
-``exact`` is the share of samples whose reply, decoded greedily, is the expected one to the token; ``found`` the mean
-share of the answers that stand in the greedy reply, in any order; ``logprob`` the mean log-probability of a token of
-the expected reply, in nats, which still tells policies apart where a small model finds nothing or everything.
-``share`` is what of the keys the rows of question and expected reply read (on a GPU, where a step is one launch, the
-last row's).  ``seconds`` is the mean time of a sample's question and reply, building included; no claim of speed.
+``exact`` is the share of samples whose reply, decoded greedily, is the expected one to the token, or for
+``common-words``, whose answers have no order, as long and holds all answers in any order and nothing else; ``found``
+the mean share of the answers that stand in the greedy reply, in any order; ``logprob`` the mean log-probability of a
+token of the expected reply, of ``common-words`` in one order that is drawn, in nats, which still tells policies apart
+where a small model finds nothing or everything.  ``share`` is what of the keys the rows of question and expected reply
+read (on a GPU, where a step is one launch, the last row's).
 
 python -m benchmarks.run retrieval --tokens 2048 4096 --samples 4
 python -m benchmarks.run retrieval --tasks passkey multi-key --tokens 32768 --samples 2    # on a GPU, bfloat16
 
-The gate: with `attention.Dense` and with all keys as the top ones, replies are as probable as in one dense pass.
+The gate: with `attention.Dense`, and with all keys as the top ones or as the sample, replies are as probable as in one
+dense pass.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,28 +41,17 @@ from benchmarks.gate import WrongAnswer
 from benchmarks.leaderboard_roster import REFUSALS, Entry
 from benchmarks.ledger import Row
 from benchmarks.retrieval_tasks import TASKS, Sample, sample
+from hsr import checks
+from hsr.errors import ArgumentError
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.cuda.get_device_name() if CUDA else "cpu"
-HERE = "cuda" if CUDA else "cpu"
-TOKENS, QUICK_TOKENS = (2048, 4096, 8192) if CUDA else (2048, 4096), (1536,)
-SAMPLES, QUICK_SAMPLES = 5 if CUDA else 3, 1
-DTYPE = "bfloat16" if CUDA else "float32"
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS, GPU_TOKENS, QUICK_TOKENS = (2048, 4096), (2048, 4096, 8192), (1536,)
+SAMPLES, GPU_SAMPLES, QUICK_SAMPLES = 3, 5, 1
 GATES = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.02}  # how far a reply's mean log-probability may be off
 GATE_TOKENS = 1280
 KNOWN = 128  # tokens of the context that every policy's cache reads itself
 ROWS = 16  # tokens of a pass that `HSRCache` serves row by row
 EXTRA = 4  # tokens that a greedy reply may be longer than the expected one
-Top = TopOracle if CUDA else TopR  # the same rule; the policy runs on a CPU, the selector on either
-POLICIES = (
-    None,
-    *(Top(r) for r in (16, 64, 256)),
-    *(Quest(budget) for budget in (256, 1024)),
-    *(Sampled(eps=eps) for eps in (0.3, 0.1, 0.02)),
-    Sampled(budget=64),
-    Certified(0.05),
-)
-
 missing = partial(real_keys.missing, "retrieval")
 
 
@@ -72,16 +62,39 @@ class Reply(NamedTuple):
     found: float
     logprob: float
     share: float
-    seconds: float
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """What this case can be asked for."""
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="all, unless some are named")
-    parser.add_argument("--tokens", nargs="+", type=int, help=f"of samples, question and reply included {TOKENS}")
-    parser.add_argument("--samples", type=int, help=f"of each task and length ({SAMPLES})")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, help=f"of samples, question and reply included {TOKENS}, on a GPU {GPU_TOKENS}"
+    )
+    parser.add_argument("--samples", type=int, help=f"of each task and length ({SAMPLES}, on a GPU {GPU_SAMPLES})")
     parser.add_argument("--device", default=HERE, help=f"where the model runs ({HERE})")
-    parser.add_argument("--dtype", choices=GATES, default=DTYPE, help=f"of the model ({DTYPE})")
+    parser.add_argument("--dtype", choices=GATES, help="of the model (float32, on a GPU bfloat16)")
+
+
+def where(device: str, **others: Any) -> str:
+    """The device that is measured."""
+    return smollm.device_name(device)
+
+
+def top(r: int, device: str) -> Any:
+    """The r keys of largest score: the policy runs on a CPU, the selector on either."""
+    return TopR(r) if torch.device(device).type == "cpu" else TopOracle(r)
+
+
+def policies(device: str) -> tuple[Any, ...]:
+    """Who is measured on a device, dense first."""
+    return (
+        None,
+        *(top(r, device) for r in (16, 64, 256)),
+        *(Quest(budget) for budget in (256, 1024)),
+        *(Sampled(eps=eps) for eps in (0.3, 0.1, 0.02)),
+        Sampled(budget=64),
+        Certified(0.05),
+    )
 
 
 def rows(
@@ -91,39 +104,60 @@ def rows(
     tokens: Sequence[int] | None = None,
     samples: int | None = None,
     device: str = HERE,
-    dtype: str = DTYPE,
+    dtype: str | None = None,
 ) -> Iterator[Row]:
     """A row per length, task and policy, dense first."""
-    lengths = sorted(tokens or (QUICK_TOKENS if quick else TOKENS))
-    many = samples or (QUICK_SAMPLES if quick else SAMPLES)
+    gpu = torch.device(device).type != "cpu"
+    dtype = dtype or ("bfloat16" if gpu else "float32")
+    if tokens is None:
+        tokens = QUICK_TOKENS if quick else GPU_TOKENS if gpu else TOKENS
+    if samples is None:
+        samples = QUICK_SAMPLES if quick else GPU_SAMPLES if gpu else SAMPLES
+    checks.whole("samples", samples, 1)
+    checks.whole("tokens", min(tokens), KNOWN + 1)
     essays = smollm.essays()
     reader: Reader | None = None
-    for n in lengths:
+    for n in sorted(tokens):
         if reader is None or n > reader.context:
             reader = Reader(*smollm.load_model(n, device, getattr(torch, dtype)))
-            gate(reader, essays, GATES[dtype])
+            gate(reader, essays, GATES[dtype], device)
             source, _ = smollm.model_source()
             name = Path(source).name if os.environ.get("HSR_MODEL") else "SmolLM2-135M-Instruct"
-            note(f"{name}, {dtype}, RoPE for {reader.context} tokens, {many} samples")
-        for task in tasks:
-            drawn = [sample(task, n, seed, essays, reader.count) for seed in range(many)]
-            yield from measured({"task": task, "tokens": n, "samples": many}, reader, drawn, note)
+            note(f"{name}, {dtype}, RoPE for {reader.context} tokens, {samples} samples")
+        drawn = {task: [sample(task, n, seed, essays, reader.count) for seed in range(samples)] for task in tasks}
+        for task, ones in drawn.items():
+            _require_room(task, n, ones, reader)
+        for task, ones in drawn.items():
+            head = {"task": task, "tokens": n, "samples": samples}
+            yield from measured(head, reader, ones, policies(device), note)
 
 
-def measured(head: Row, reader: Reader, drawn: Sequence[Sample], note: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of one task and length."""
-    found: dict[int, list[Reply]] = {place: [] for place in range(len(POLICIES))}
+def _require_room(task: str, n: int, drawn: Sequence[Sample], reader: Reader) -> None:
+    """ArgumentError where samples do not fit, or leave nothing of the context to be read densely."""
+    for one in drawn:
+        context, *rest = (reader.count(part) for part in (one.context, one.question, one.reply))
+        if context <= KNOWN or context + sum(rest) > n:
+            raise ArgumentError(f"tokens must hold a sample of {task} with a context beyond {KNOWN} tokens; got {n}")
+
+
+def measured(
+    head: Row, reader: Reader, drawn: Sequence[Sample], asked: Sequence[Any], note: Callable[[str], None]
+) -> Iterator[Row]:
+    """The rows of one task and length; dense, the first of the policies, must serve them."""
+    found: dict[int, list[Reply]] = {place: [] for place in range(len(asked))}
     for one in drawn:
         context = reader.read(one)
         for place in list(found):
             try:
-                found[place].append(reader.reply(one, context, POLICIES[place]))
+                found[place].append(reader.reply(one, context, asked[place]))
             except REFUSALS as refusal:
-                note(f"{head['task']} at {head['tokens']} without {_entry(POLICIES[place]).method}: {refusal}")
+                if place == 0:
+                    raise
+                note(f"{head['task']} at {head['tokens']} without {_entry(asked[place]).method}: {refusal}")
                 del found[place]
     dense = Reply(*np.mean(found[0], axis=0).tolist())
     for place, replies in found.items():
-        entry, mean = _entry(POLICIES[place]), Reply(*np.mean(replies, axis=0).tolist())
+        entry, mean = _entry(asked[place]), Reply(*np.mean(replies, axis=0).tolist())
         yield head | {
             "method": entry.method,
             "setting": entry.setting,
@@ -134,7 +168,6 @@ def measured(head: Row, reader: Reader, drawn: Sequence[Sample], note: Callable[
             "logprob": mean.logprob,
             "dense_logprob": dense.logprob,
             "share": mean.share,
-            "seconds": mean.seconds,
         }
 
 
@@ -175,19 +208,17 @@ class Reader:
         for place, layer in enumerate(held):
             cache.update(layer.keys, layer.values, place)
         self._pass(cache, self.encode(one.context)[-KNOWN:])
-        start = time.perf_counter()
         wanted = self.encode(one.reply)
         asked = self._steps(cache, self.encode(one.question))[-1:]
         before = copy.deepcopy(cache)
         predicted = torch.cat([asked, self._steps(cache, wanted)[:-1]]).log_softmax(-1)
-        exact = predicted.argmax(-1).tolist() == wanted
-        given = wanted if exact else self._greedy(before, int(predicted[0].argmax()), len(wanted) + EXTRA)
+        same = predicted.argmax(-1).tolist() == wanted
+        given = wanted if same else self._greedy(before, int(predicted[0].argmax()), len(wanted) + EXTRA)
         return Reply(
-            float(exact),
+            float(same or one.reordered(self._tokenizer.decode(given[: len(wanted)]))),
             one.found(self._tokenizer.decode(given)),
             float(predicted[range(len(wanted)), wanted].mean()),
             cache.report().share,
-            time.perf_counter() - start,
         )
 
     def _greedy(self, cache: HSRCache, token: int, many: int) -> list[int]:
@@ -219,11 +250,18 @@ class Reader:
         return float(logits.float().log_softmax(-1)[range(len(wanted)), wanted].mean())
 
 
-def gate(reader: Reader, essays: Sequence[str], tolerance: float) -> None:
+def gate(reader: Reader, essays: Sequence[str], tolerance: float, device: str) -> None:
     """See the module."""
     one = sample("multi-key", GATE_TOKENS, 0, essays, reader.count)
     context, wanted = reader.read(one), reader.whole(one)
-    for policy in (None, *([] if CUDA else [Dense()]), TopOracle(2 * GATE_TOKENS)):
+    every = 2 * GATE_TOKENS
+    policies = (
+        None,
+        *([Dense()] if torch.device(device).type == "cpu" else []),
+        TopOracle(every),
+        Sampled(budget=every),
+    )
+    for policy in policies:
         off = abs(reader.reply(one, context, policy).logprob - wanted)
         if not off < tolerance:
             raise WrongAnswer(f"{policy}: the reply's mean log-probability is off by {off:.1e} with all keys")

@@ -14,9 +14,9 @@ from typing import Any
 from benchmarks.readme_table import markdown
 
 PARTS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "exact": ("Replies that are right to the token", "{:.0%}".format),
+    "exact": ("Replies that are right to the token, those of common-words in any order", "{:.0%}".format),
     "found": ("Share of the answers in the greedy reply", "{:.0%}".format),
-    "logprob": ("Mean log-probability of a token of the right reply", "{:.3f}".format),
+    "logprob": ("Mean log-probability of a token of the right reply, of common-words in one order", "{:.3f}".format),
     "share": ("Share of the keys read", "{:.1%}".format),
 }
 LEGEND = (

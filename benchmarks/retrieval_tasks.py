@@ -29,16 +29,21 @@ Count = Callable[[str], int]  # tokens of a text
 
 
 class Sample(NamedTuple):
-    """The question's text ends where the answers begin; ``reply`` is how it goes on."""
+    """The question's text ends where the answers begin; ``reply`` is how it goes on, in an order that may be any."""
 
     context: str
     question: str
     answers: tuple[str, ...]
+    ordered: bool = True
 
     @property
     def reply(self) -> str:
         """The answers as the question asks for them."""
         return " " + ", ".join(self.answers)
+
+    def reordered(self, text: str) -> bool:
+        """Whether a text is all the answers and nothing else, where their order is free."""
+        return not self.ordered and sorted(re.findall(r"\w+", text)) == sorted(self.answers)
 
     def found(self, text: str) -> float:
         """Share of the answers that stand in a text as whole words."""
@@ -106,7 +111,7 @@ def common_words(tokens: int, draw: random.Random, essays: Sequence[str], count:
     asked = f"\n\nQuestion: which {COMMON} words come most often in this list? Answer: the words are"
     example = _listed(draw, shown * 4 + seldom)
     opening = f"Here are two lists of words.\n\n{example}{asked} {', '.join(shown)}.\n\n"
-    found = Sample(opening, asked, tuple(often))
+    found = Sample(opening, asked, tuple(often), ordered=False)
     left = _left(tokens, found, count)
 
     def lines(many: int) -> str:

@@ -22,11 +22,12 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.gate import WrongAnswer
-from hsr.errors import BackendUnavailable
+from hsr.errors import ArgumentError, BackendUnavailable
 
-CASES = {  # name -> module with rows(quick, note), an iterable of dicts with equal keys; DEVICE where not the CPU; and
-    # missing() where it needs packages that pip's extras do not hold: one line that says how to install them;
-    # options(parser) where it has some of its own, which rows() then takes
+CASES = {  # name -> module with rows(quick, note), an iterable of dicts with equal keys; DEVICE where not the CPU, or
+    # where(**settings) that names the device where its options decide; missing() where it needs packages that pip's
+    # extras do not hold: one line that says how to install them; and options(parser) where it has some of its own,
+    # which rows() then takes
     "index": "benchmarks.index_case",
     "scaling": "benchmarks.scaling_case",
     "tree-data": "benchmarks.tree_data_case",
@@ -55,39 +56,71 @@ MEASURED = "benchmarks/results"  # measurements of other cases do not make the c
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the case named on the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=CASES, metavar="CASE", help=f"one of: {', '.join(CASES)}")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that the case works, measures nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
-    options, more = parser.parse_known_args(arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    general = _parser(add_help=not any(word in CASES for word in typed))
+    name = general.parse_known_args(typed)[0].case
     try:
-        case = loaded(options.case)
+        case = loaded(name)
     except BackendUnavailable as lacking:
         print(lacking, file=sys.stderr)
         return 1
-    own = argparse.ArgumentParser(prog=f"python -m benchmarks.run {options.case}", add_help=False)
+    parser = _parser(add_help=True)
     if hasattr(case, "options"):
-        case.options(own)
-    settings = vars(own.parse_args(more))
-    typed = sys.argv[1:] if arguments is None else arguments
-    facts = head(options.case, case, shlex.join(["python", "-m", "benchmarks.run", *typed]))
-    for name, value in facts.items():
-        print(f"{name}: {value}")
+        case.options(parser)
+    settings = vars(parser.parse_args(typed))
+    _, quick, file = (settings.pop(own) for own in ("case", "quick", "json"))
     notes: list[str] = []
     rows: list[dict[str, object]] = []
     try:
-        for row in case.rows(options.quick, notes.append, **settings):
+        facts = head(name, case, command(["python", "-m", "benchmarks.run", *typed]), settings)
+        for fact, value in facts.items():
+            print(f"{fact}: {value}")
+        for row in case.rows(quick, notes.append, **settings):
             rows.append(row)
             print(line(row), file=sys.stderr, flush=True)
     except WrongAnswer as fault:
         print(f"nothing was timed: {fault}", file=sys.stderr)
         return 1
+    except ArgumentError as fault:
+        print(fault, file=sys.stderr)
+        return 2
     print(table(rows))
     for note in notes:
         print(note)
-    if options.json:
-        dump(options.json, facts | {"notes": notes, "rows": rows})
+    if file:
+        dump(file, facts | {"notes": notes, "rows": rows})
     return 0
+
+
+def _parser(*, add_help: bool) -> argparse.ArgumentParser:
+    """What every case can be asked for."""
+    opening = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=opening, add_help=add_help, allow_abbrev=False
+    )
+    parser.add_argument("case", choices=CASES, metavar="CASE", help=f"CASE --help lists its own: {', '.join(CASES)}")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that the case works, measures nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
+    return parser
+
+
+def own_settings(program: str, case: ModuleType, typed: Sequence[str]) -> dict[str, Any]:
+    """What a case's own options are set to by these words."""
+    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
+    if hasattr(case, "options"):
+        case.options(parser)
+    return vars(parser.parse_args(typed))
+
+
+def command(words: Sequence[str]) -> str:
+    """A command line without --json FILE, which says where the results go on the machine that measures."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word == "--json":
+            next(rest, None)
+        elif not word.startswith("--json="):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def loaded(name: str) -> ModuleType:
@@ -104,9 +137,10 @@ def loaded(name: str) -> ModuleType:
     return case
 
 
-def head(name: str, case: ModuleType, command: str) -> dict[str, Any]:
+def head(name: str, case: ModuleType, command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the measurements of a case begin with."""
-    return {"case": name, **provenance(command, getattr(case, "DEVICE", "cpu"))}
+    device = case.where(**settings) if hasattr(case, "where") else getattr(case, "DEVICE", "cpu")
+    return {"case": name, **provenance(command, device)}
 
 
 def provenance(command: str, device: str = "cpu") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from transformers import logging as transformers_logging
 from transformers.modeling_utils import AttentionInterface
 
 from attention import DecodeSession
+from hsr.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -55,6 +56,19 @@ def load_model(tokens: int = 0, device: str = "cpu", dtype: torch.dtype = torch.
     config = stretched(AutoConfig.from_pretrained(source, **options), tokens)
     model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
     return model.eval().to(device), AutoTokenizer.from_pretrained(source, **options)
+
+
+def device_name(device: str) -> str:
+    """What measurements on a device of torch are said to come from."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as fault:
+        raise ArgumentError(f"device must be one that torch knows; got {device!r}") from fault
+    if found.type != "cuda":
+        return found.type
+    if not torch.cuda.is_available():
+        raise ArgumentError(f"device must be cpu where torch finds no CUDA device; got {device!r}")
+    return torch.cuda.get_device_name(found)
 
 
 def model_source() -> tuple[str, dict[str, str]]:

@@ -1,5 +1,9 @@
 """Thresholds of a causal selection, block after block: `attention.listed_reference.paced` on the GPU.
 
+Their sums are float64 and whole numbers of units times keys, so the same in any order while they stay below 2^53:
+thresholds are the definition's bit for bit up to the 131,072 tokens that tests go to; far beyond, where `torch.cumsum`
+may round in another order than the definition, one may differ.
+
 All that does not depend on what earlier blocks spent is made for every block at once, before and after `pace`, which
 has a comparison and a reduction left for each.
 """

@@ -84,6 +84,10 @@ def demo(
 @app.command()
 def bench(
     case: Annotated[str | None, typer.Argument(metavar="CASE", help="None lists the cases.")] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTION...]", help="The case's own options; CASE -- --help lists them."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: checks that it works, measures nothing.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the measurements there.")] = None,
     plots: Annotated[
@@ -92,7 +96,7 @@ def bench(
     html: Html = None,
 ) -> None:
     """Run a benchmark case: first the gate, then the clock, beside the best dense baseline."""
-    run("bench", name=case, quick=quick, json=json, plots=plots, html=html)
+    run("bench", name=case, more=more or [], quick=quick, json=json, plots=plots, html=html)
 
 
 @app.command()
@@ -114,7 +118,9 @@ def explain(
         str | None, typer.Option(metavar="NAME", help="Of the queries; by default q or queries.")
     ] = None,
     values: Annotated[str | None, typer.Option(metavar="NAME", help="Of the values; by default v or values.")] = None,
-    layer: Annotated[int, typer.Option(min=0, help="Of arrays with four axes, which of the first to take.")] = 0,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Of arrays with four axes, which of the first to take; by default 0.")
+    ] = None,
     head: Annotated[int, typer.Option(min=0, help="Key-value head that index methods are measured on.")] = 0,
     causal: Annotated[
         bool, typer.Option("--causal", help="Queries are the last positions; none sees later keys.")

@@ -3,58 +3,75 @@
 from __future__ import annotations
 
 import html as markup
-import shlex
+import importlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks import page
 from benchmarks import plots as drawing
 from benchmarks import run as cases
 from benchmarks.cli import terminal
-from hsr.errors import ArgumentError
+from hsr.errors import ArgumentError, BackendUnavailable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def run(name: str | None, quick: bool, json: Path | None, plots: bool | None, html: Path | None) -> int:
-    """Run a case, or list all; WrongAnswer where a contender missed a key."""
+def run(
+    name: str | None, more: Sequence[str], quick: bool, json: Path | None, plots: bool | None, html: Path | None
+) -> int:
+    """Run a case with its own options, or list all; WrongAnswer where a contender missed a key."""
     console = terminal.results()
     if name is None:
         console.print(listing())
         return 0
     refuse(name, json, plots)
+    drawn = name in drawing.FIGURES and bool(html or (json and plots is not False))
+    if drawn:
+        require_plots(name)
     case = cases.loaded(name)
-    measured = cases.head(name, case, shlex.join(["hsr", *sys.argv[1:]]))
+    settings = cases.own_settings(f"hsr bench {name} --", case, more)
+    measured = cases.head(name, case, cases.command(["hsr", *sys.argv[1:]]), settings)
     start = time.perf_counter()
     rows: list[dict[str, object]] = []
     notes: list[str] = []
     with terminal.spinner() as bar:
         task = bar.add_task(name)
-        for row in case.rows(quick, notes.append):
+        for row in case.rows(quick, notes.append, **settings):
             rows.append(row)
-            bar.update(task, description=f"{name}: {len(rows)} rows, the last {cases.line(row)}"[:100])
+            bar.console.print(cases.line(row), soft_wrap=True, markup=False)
+            bar.update(task, description=f"{name}: {len(rows)} rows")
     measured |= {"notes": notes, "rows": rows}
     seconds = time.perf_counter() - start
+    for line in (cases.table(rows), *notes):
+        console.print(line, soft_wrap=True, markup=False)
     written = []
     if json:
         cases.dump(json, measured)
         written.append(json)
-    figures: dict[str, Figure] = {}
-    if name in drawing.FIGURES and (html or (json and plots is not False)):
-        figures = drawing.figures(measured)
+    figures = drawing.figures(measured) if drawn else {}
     if json and plots is not False:
         written += drawing.saved(figures, json)
     if html:
         page.write(html, report(measured, figures, seconds))
         written.append(html)
-    for line in (cases.table(rows), *notes, *(f"written: {path}" for path in written)):
-        console.print(line, soft_wrap=True, markup=False)
+    for path in written:
+        console.print(f"written: {path}", soft_wrap=True, markup=False)
     return 0
+
+
+def require_plots(name: str) -> None:
+    """BackendUnavailable where the figures of a case could not be drawn in the end."""
+    try:
+        importlib.import_module(drawing.FIGURES[name])
+    except ModuleNotFoundError as missing:
+        raise BackendUnavailable(f"figures need the package {missing.name}: pip install '.[plot]'") from missing
 
 
 def refuse(name: str, json: Path | None, plots: bool | None) -> None:
@@ -71,7 +88,7 @@ def listing() -> Table:
     """The cases, what each is, and whether it has figures."""
     table = Table("case", "what it measures", "figures")
     for name, module in cases.CASES.items():
-        table.add_row(name, first_line(module), "yes" if name in drawing.FIGURES else "")
+        table.add_row(name, Text(first_line(module)), "yes" if name in drawing.FIGURES else "")
     return table
 
 
@@ -87,7 +104,8 @@ def report(measured: dict[str, Any], figures: dict[str, Figure], seconds: float)
     rows = measured["rows"]
     cells = [[cases.cell(value) for value in row.values()] for row in rows]
     lead = "".join(f"<p>{markup.escape(note)}</p>" for note in measured["notes"])
-    sections = [(name, page.image(name, page.png(figure))) for name, figure in figures.items()]
+    titled = {name or measured["case"]: figure for name, figure in figures.items()}
+    sections = [(title, page.image(title, page.png(figure))) for title, figure in titled.items()]
     sections.append(("Measurements", page.table(list(rows[0]) if rows else [], cells)))
     sections.append((page.MADE, page.made(measured, f"{seconds:.0f} s")))
     return page.page(f"Benchmark {measured['case']}", lead, sections)

@@ -42,7 +42,7 @@ def listing(checks: Mapping[str, Check]) -> Table:
     """Names, statements and sources."""
     table = Table("name", "statement", "source", "evidence")
     for name, check in checks.items():
-        table.add_row(name, Text(check.statement), check.source, check.evidence)
+        table.add_row(*map(Text, (name, check.statement, check.source, check.evidence)))
     return table
 
 
@@ -54,8 +54,8 @@ def verdicts(found: Sequence[Outcome], constants: bool) -> Table:
         style = "red bold" if outcome.failed else "green" if outcome.status == "holds" else "yellow"
         table.add_row(
             Text(outcome.check.statement),
-            outcome.operation,
-            outcome.check.evidence,
+            Text(outcome.operation),
+            Text(outcome.check.evidence),
             Text(outcome.status, style=style),
             f"{outcome.seconds:.1f}",
             *[Text(met)] * constants,

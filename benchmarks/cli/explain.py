@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks import page, pruning_case
 from benchmarks.cli import key_facts, key_file, key_search, terminal
@@ -20,7 +22,7 @@ from benchmarks.cli.key_facts import MASSES, Concentration, Shape
 from benchmarks.cli.key_file import KeySet
 from benchmarks.cli.key_search import DENSE, Cost, Methods
 from benchmarks.ledger import Row
-from benchmarks.run import provenance
+from benchmarks.run import provenance, use_all_threads
 from hsr import HSRIndex, checks
 from hsr.errors import ArgumentError
 
@@ -59,7 +61,7 @@ def run(
     keys: str | None,
     queries: str | None,
     values: str | None,
-    layer: int,
+    layer: int | None,
     head: int,
     causal: bool,
     scale: float | None,
@@ -68,6 +70,7 @@ def run(
     save: Path | None,
 ) -> int:
     """Describe the keys of a file; status 0."""
+    use_all_threads()
     start = time.perf_counter()
     if save is not None and save.exists() and not save.is_dir():
         raise ArgumentError(f"--save must name a folder; {save} is a file")
@@ -86,7 +89,8 @@ def run(
     for line in facts.advice:
         console.print(line, markup=False, soft_wrap=True)
     if save:
-        console.print(f"report: {report(save, file, facts, blocks, time.perf_counter() - start)}", soft_wrap=True)
+        path = report(save, file, facts, blocks, time.perf_counter() - start)
+        console.print(f"report: {path}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -264,12 +268,13 @@ def search(facts: Facts, head: int) -> list[Block]:
 
 def shown(block: Block) -> Table:
     """A block in the terminal, cut after LINES heads."""
-    table = Table(title=block.title, title_justify="left", caption=block.caption or None, caption_justify="left")
+    title, caption = escape(block.title), escape(block.caption) or None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for i, name in enumerate(block.head):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(escape(name), justify="left" if i == 0 else "right")
     rows = block.rows if block.title not in PER_HEAD else block.rows[:LINES]
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     if len(rows) < len(block.rows):
         table.add_row(f"and {len(block.rows) - len(rows)} more")
     return table

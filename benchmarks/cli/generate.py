@@ -168,7 +168,7 @@ def listing() -> Table:
     """The policies and their options."""
     table = Table("policy", "serves", "options")
     for row in policies.listing():
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

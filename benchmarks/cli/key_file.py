@@ -39,13 +39,13 @@ class KeySet:
     said: tuple[str, ...]
 
 
-def read(path: Path, asked: Mapping[str, str | None], layer: int, causal: bool) -> KeySet:
+def read(path: Path, asked: Mapping[str, str | None], layer: int | None, causal: bool) -> KeySet:
     """Read a file of `numpy.savez`.
 
     Args:
         path: of the file.
         asked: names of the arrays "keys", "queries" and "values"; None finds them by NAMES.
-        layer: which part of arrays with four axes, such as (layers, g, n, d), to take.
+        layer: which part of arrays with four axes, such as (layers, g, n, d), to take; None the first.
         causal: query i of m sees the keys up to ``i + n - m``.  Without it, an array "positions" (m,) says up to which
             key each query sees; where there is none, all see all.
 
@@ -54,6 +54,7 @@ def read(path: Path, asked: Mapping[str, str | None], layer: int, causal: bool) 
     """
     arrays = _arrays(path)
     said: list[str] = []
+    parts: list[str] = []  # arrays of which a part is taken
 
     def taken(role: str, ndim: tuple[int, ...]) -> np.ndarray | None:
         name = _name(role, arrays, asked[role])
@@ -62,15 +63,19 @@ def read(path: Path, asked: Mapping[str, str | None], layer: int, causal: bool) 
         found = arrays[name]
         line = f"{role}: array {name}, {found.dtype} {found.shape}"
         if found.ndim == 4:
-            if layer >= len(found):
-                raise ArgumentError(f"--layer must be below {len(found)}, the first axis of {name}; got {layer}")
-            found, line = found[layer], f"{line}, part {layer} of the first axis"
+            part = layer or 0
+            if part >= len(found):
+                raise ArgumentError(f"--layer must be below {len(found)}, the first axis of {name}; got {part}")
+            found, line = found[part], f"{line}, part {part} of the first axis"
+            parts.append(name)
         said.append(line)
         return checks.floats(name, found, ndim)
 
     keys = taken("keys", (2, 3))
     assert keys is not None
     queries, values = taken("queries", (2, 3)), taken("values", (2, 3))
+    if layer is not None and not parts:
+        raise ArgumentError(f"--layer needs arrays with four axes; got {layer} where {'; '.join(said)}")
     keys = keys if keys.ndim == 3 else keys[None]
     if min(keys.shape) == 0 or keys.shape[1] < 2:
         raise ArgumentError(f"keys must hold at least two keys of at least one dimension; got shape {keys.shape}")

@@ -27,6 +27,8 @@ def source(model: str, gguf: str | None) -> tuple[str, dict[str, str]]:
         model: "smollm2" for the packaged model, a ``.gguf`` file, or a folder or name that transformers knows.
         gguf: name of a GGUF file in that folder or repository.
     """
+    if gguf is not None and (model == PACKAGED or model.endswith(".gguf")):
+        raise ArgumentError(f"--gguf needs a MODEL that is a folder or repository; got {model}")
     if model == PACKAGED:
         if importlib.util.find_spec(smollm.MODEL_PACKAGE) is None:
             raise BackendUnavailable(

@@ -9,6 +9,7 @@ from benchmarks.demo import SETTINGS
 
 TORCH = ("demo", "generate")  # commands that run a model beside our kernels
 TIMED = ("bench", "explain")  # commands that print times
+HELP = {"-h", "--help"}
 
 
 def prepare(arguments: Sequence[str]) -> None:
@@ -17,7 +18,7 @@ def prepare(arguments: Sequence[str]) -> None:
     if command in TORCH:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
-    if command in TIMED and "--help" not in arguments:
+    if command in TIMED and HELP.isdisjoint(arguments):
         from benchmarks.run import restart_without_overrides
 
         restart_without_overrides("benchmarks.cli")

@@ -34,12 +34,14 @@ def _console(seen: bool, *, stderr: bool) -> Console:
 
 def progress() -> Progress:
     """Bars on stderr that vanish when they are done: a description, steps done of all, the time."""
-    return _bars(TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    return _bars(
+        TextColumn("{task.description}", markup=False), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
+    )
 
 
 def spinner() -> Progress:
     """The same for work of unknown length."""
-    return _bars(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return _bars(SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
 
 
 def _bars(*columns: ProgressColumn) -> Progress:

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the model is transformers'")
 
 from attention import Dense, Sampled, TopR, prefill  # noqa: E402
 from benchmarks import figure3_case as case  # noqa: E402
-from benchmarks import figure3_statement, perplexity, plots, run, smollm  # noqa: E402
+from benchmarks import figure3_figures, figure3_statement, perplexity, plots, run, smollm  # noqa: E402
 from benchmarks.gate import WrongAnswer  # noqa: E402
 from tests import tiny_llama  # noqa: E402
 
@@ -35,7 +35,6 @@ def here(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     monkeypatch.setattr(smollm, "load_model", load_model)
     monkeypatch.setattr(smollm, "essay_tokens", lambda tokenizer, count: (TEXT * 9)[:count])
     monkeypatch.setattr(case, "missing", lambda: None)
-    monkeypatch.setattr(case, "HERE", "cpu")
     monkeypatch.setattr(case, "GATE_TOKENS", N)
 
 
@@ -86,8 +85,10 @@ def test_rows_before_the_r_th_are_dense(model: Any) -> None:
 def test_the_case_writes_rows_a_figure_and_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case, "OTHERS", (Sampled(eps=0.3),))
     file = tmp_path / "figure3.json"
-    assert run.main(["figure3", "--tokens", "150", "--dtype", "float32", "--json", str(file)]) == 0
+    assert run.main(["figure3", "--tokens", "150", "--device", "cpu", "--json", str(file)]) == 0
     measured = run.json.loads(file.read_text())
+    assert measured["command"] == "python -m benchmarks.run figure3 --tokens 150 --device cpu"
+    assert measured["device"] == "cpu"
     rows = measured["rows"]
     assert [row["setting"] for row in rows] == ["", "r=4", "r=8", "r=16", "r=32", "r=64", "r=128", "eps=0.3"]
     assert {tuple(row) for row in rows} == {tuple(rows[0])} and rows[0]["ratio"] == 1
@@ -103,12 +104,28 @@ def test_an_option_that_the_case_has_not_is_refused() -> None:
         run.main(["figure3", "--quick", "--layers", "3"])
 
 
-@pytest.mark.parametrize("fault", ["top", "dense"])
+@pytest.mark.usefixtures("here")
+def test_no_tokens_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["figure3", "--tokens", "0", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "tokens must be at least 8; got 0\n"
+
+
+@pytest.mark.parametrize("fault", ["top", "opposite", "dense"])
 def test_the_gate_shuts(fault: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case.gate(model, TEXT, 1e-4)
     if fault == "top":
         right = case.top_attention
         monkeypatch.setattr(case, "top_attention", lambda q, k, v, r, scale: right(q, k, v, max(r - 1, 1), scale))
+    elif fault == "opposite":  # errors whose mean is 0
+        reading = case.read
+        signs = torch.arange(N - 1) % 2 * 2.0 - 1
+        signs[-1] = 0
+
+        def off(model: Any, text: Any, stage: Any) -> Any:
+            found = reading(model, text, stage)
+            return found._replace(surprise=found.surprise + (1e-3 * signs if type(stage) is case.PolicyStage else 0))
+
+        monkeypatch.setattr(case, "read", off)
     else:
         monkeypatch.setattr(case.PolicyStage, "attend", lambda self, layer, q, k, v, scale: 0.9 * q)
     with pytest.raises(WrongAnswer, match=r"top_attention\(4\)" if fault == "top" else "prefill of all keys"):
@@ -122,7 +139,25 @@ def test_sentences_follow_from_the_rows() -> None:
         head | {"method": "TopR", "r": r, "reported": r, "ratio": x, "late_ratio": 2 * x} for r, x in ratios.items()
     ]
     rows.append(head | {"method": "Sampled", "r": None, "reported": 20.0, "ratio": 1.004, "late_ratio": 1.0})
+    rows.append(rows[-1] | {"reported": 10.0, "ratio": 1.001, "late_ratio": 1.02, "setting": "eps=0.2"})
     said = " ".join(figure3_statement.claims(rows))
-    assert "less than 1 % over the whole text from r = 32 on" in said and "more over its second half" in said
-    assert "does not hold" in said and "r = 16 the loss is +20.00 %" in said
-    assert "Sampled loses less than 1 % from 20 keys" in said and "top-r of 32 (r = 32) +0.50 %" in said
+    assert "less than 1 % over the whole text from r = 32 (32 keys a row) on" in said
+    assert "more over its second half" in said
+    assert "does not hold" in said and "r = 16 (16 keys a row) the loss is +20.00 %, +140.00 % in the" in said
+    assert "Sampled loses less than 1 % over the whole text with 10 keys a row (`eps=0.2`): +0.10 %, +2.00 %" in said
+    assert "Sampled loses less than 1 % over its second half with 20 keys a row (`eps=0.1`): +0.40 %" in said
+    assert "top-r with r = 32 (32 keys a row): +0.50 %, +101.00 % in the second half." in said
+
+
+def test_all_rows_are_drawn_at_their_keys_a_row() -> None:
+    measured = run.json.loads((run.ROOT / run.MEASURED / "figure3.json").read_text())
+    sparse = [row for row in measured["rows"] if row["method"] != "Dense"]
+    assert any(row["setting"] == "" for row in sparse)
+    figure = plots.figures(measured)[""]
+    for axis, column in zip(figure.axes, ("perplexity", "kl"), strict=True):
+        drawn = [tuple(place) for line in axis.lines[: len(figure3_figures.STYLES)] for place in line.get_xydata()]
+        assert sorted(drawn) == sorted((row["reported"], row[column]) for row in sparse)
+    marks = [text.get_text() for text in figure.axes[1].texts]
+    assert len(marks) == sum(row["method"] != "TopR" for row in sparse) and "default" in marks
+    with pytest.raises(AssertionError, match="no line"):
+        figure3_figures.figures([*measured["rows"], sparse[0] | {"method": "Other"}])

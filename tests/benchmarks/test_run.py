@@ -45,7 +45,7 @@ def test_quick_index_case_runs_end_to_end(tmp_path: Path, capsys: pytest.Capture
     measured = json.loads(file.read_text())
     assert set(measured) == HEAD
     assert measured["case"] == "index"
-    assert measured["command"] == f"python -m benchmarks.run index --quick --json {file}"
+    assert measured["command"] == "python -m benchmarks.run index --quick", "where the results went is not recorded"
     settings = {(row["n"], row["d"], row["reported"], row["m"]) for row in measured["rows"]}
     assert settings == {(600, d, reported, m) for d in (2, 20) for reported in (16, 6) for m in (1, 8)}
     for setting in settings:
@@ -94,6 +94,23 @@ def test_an_unknown_case_is_refused_with_the_list(capsys: pytest.CaptureFixture[
     assert stop.value.code == 2
     assert "invalid choice: 'indexes' (choose from" in (said := capsys.readouterr().err)
     assert all(case in said for case in run.CASES)
+
+
+def test_a_command_is_recorded_without_where_its_results_went() -> None:
+    words = ["hsr", "bench", "index", "--json", "a b", "--quick", "--json=c", "--", "--tokens", "9"]
+    assert run.command(words) == "hsr bench index --quick -- --tokens 9"
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+@pytest.mark.parametrize("case", [[], ["index"]])
+def test_help_lists_the_options_of_the_case(
+    word: str, case: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(index_case, "options", lambda parser: parser.add_argument("--dtype"), raising=False)
+    with pytest.raises(SystemExit) as stop:
+        run.main([*case, word])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "--quick" in said and ("--dtype" in said) == bool(case)
 
 
 @pytest.mark.parametrize(("status", "mark"), [("", ""), (" M hsr/index.py", "-dirty")])

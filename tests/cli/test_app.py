@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import json
 import shlex
 import subprocess
 import sys
@@ -11,16 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from benchmarks import demo, index_case, real_keys
+from benchmarks import demo, index_case, page, real_keys, run
 from benchmarks.cli import app as front
 from benchmarks.cli.app import app
 from benchmarks.cli.bench import first_line
+from benchmarks.cli.bench import report as written
 from benchmarks.readme_table import README
 from benchmarks.run import CASES
 from proofs_checks.check import discover
 
+COMMANDS = ("demo", "bench", "check", "explain", "generate")
+ODD = "<script>alert('R&D')</script>"
 NAME = "quantisation_bounds"
 WITHOUT = """
 import sys
@@ -45,13 +51,14 @@ def invoked(*arguments: str) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["explain"], ["generate"]])
-def test_help_needs_nothing_of_the_library(arguments: list[str]) -> None:
-    program = WITHOUT.format(blocked=("numpy", "numba", "torch", "transformers"), arguments=[*arguments, "--help"])
+@pytest.mark.parametrize("word", ["-h", "--help"])
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)])
+def test_help_needs_nothing_of_the_library(arguments: list[str], word: str) -> None:
+    program = WITHOUT.format(blocked=("numpy", "numba", "torch", "transformers"), arguments=[*arguments, word])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"Usage: {' '.join(['hsr', *arguments])}" in done.stdout
-    for name in ("demo", "bench", "check", "explain", "generate") if not arguments else ("--help",):
+    for name in COMMANDS if not arguments else ("--help",):
         assert name in done.stdout
 
 
@@ -141,20 +148,56 @@ def test_a_case_writes_measurements_figures_and_a_page(monkeypatch: pytest.Monke
     parts = [rng.standard_normal(shape, dtype=np.float32) for shape in ((2, 4, 32), (1, 67, 32), (1, 67, 32))]
     monkeypatch.setattr(real_keys, "layers", lambda tokens: [real_keys.Layer(*parts)])
     monkeypatch.setattr("benchmarks.pruning_case.missing", lambda: None)
-    file, page = tmp_path / "new" / "pruning.json", tmp_path / "page.html"
-    status, out, _ = invoked("bench", "pruning", "--quick", "--json", str(file), "--html", str(page))
+    file, report = tmp_path / "new" / "pruning.json", tmp_path / "page.html"
+    status, out, err = invoked("bench", "pruning", "--quick", "--json", str(file), "--html", str(report))
     assert status == 0
+    assert err.count("\n") == len(json.loads(file.read_text())["rows"]) and err.startswith("layer 0  bound ")
     assert file.read_text().startswith('{\n "case": "pruning"')
     figure = file.with_name("pruning-survivors.png")
     assert figure.read_bytes().startswith(b"\x89PNG")
-    for line in (f"written: {file}", f"written: {figure}", f"written: {page}", "surviving_fraction", "int8 codes"):
+    for line in (f"written: {file}", f"written: {figure}", f"written: {report}", "surviving_fraction", "int8 codes"):
         assert line in out
-    text = page.read_text()
+    text = report.read_text()
     assert text.count("data:image/png;base64,") == 1
     assert "<td>box of 16</td>" in text
     figure.unlink()
     assert invoked("bench", "pruning", "--quick", "--json", str(file), "--no-plots")[0] == 0
     assert not figure.exists()
+
+
+def test_a_cases_own_options_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(index_case, "options", lambda parser: parser.add_argument("--tokens", type=int), raising=False)
+    monkeypatch.setattr(index_case, "rows", lambda quick, note, **own: asked.append(own) or [{"n": 1}])
+    assert invoked("bench", "index", "--quick", "--", "--tokens", "512")[0] == 0
+    assert asked == [{"tokens": 512}]
+    assert "--tokens" in invoked("bench", "index", "--", "--help")[1]
+    assert invoked("bench", "index", "--", "--token", "512")[0] == 2
+
+
+def test_figures_that_could_not_be_drawn_are_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delitem(sys.modules, "benchmarks.pruning_figures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, out, err = invoked("bench", "pruning", "--json", str(tmp_path / "pruning.json"))
+    assert (status, out) == (2, "")
+    assert "figures need the package matplotlib" in err and "pip install '.[plot]'" in err
+
+
+def test_a_figure_without_a_name_is_titled_by_its_case() -> None:
+    figure = Figure()
+    measured = run.head("figure3", index_case, "hsr <&>", {}) | {"notes": [ODD], "rows": [{ODD: ODD}]}
+    text = written(measured, {"": figure}, 1.0)
+    assert "<h2>figure3</h2>" in text and "<h2></h2>" not in text
+    assert "<script>" not in text and "hsr &lt;&amp;&gt;" in text and text.count(html.escape(ODD)) == 3
+
+
+def test_no_part_of_a_page_is_markup() -> None:
+    facts = {"versions": {ODD: ODD}, "command": ODD, "date": "", "commit": "", "cpu": ODD, "threads": 2}
+    parts = [page.image(ODD, b""), page.table([ODD], [[ODD]]), page.made(facts, ODD), page.page(ODD, "", [(ODD, "")])]
+    assert [part.count(html.escape(ODD)) for part in parts] == [1, 2, 5, 3]
+    assert not any("<script>" in part for part in parts)
 
 
 def test_a_wrong_answer_is_a_failure_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

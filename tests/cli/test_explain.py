@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from benchmarks.cli import key_facts, key_file, key_search
+from benchmarks.cli import explain, key_facts, key_file, key_search
 from hsr.errors import ArgumentError
 from tests.cli.test_app import invoked
 
@@ -69,12 +71,33 @@ def test_everything_is_said_of_keys_with_queries(tmp_path: Path) -> None:
 
 def test_queries_are_made_where_none_are_given_and_degenerate_keys_are_served(tmp_path: Path) -> None:
     keys = np.zeros((40, 2), np.float64)
-    status, out, _ = invoked("explain", str(saved(tmp_path / "a.npz", things=keys)), "--save", str(tmp_path))
+    file = saved(tmp_path / "<b>&.npz", **{"<script>&": keys})
+    status, out, _ = invoked("explain", str(file), "--save", str(tmp_path))
     assert status == 0
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("The keys of &lt;b&gt;&amp;.npz") == 2 and "<b>" not in page
+    assert "array &lt;script&gt;&amp;, float64" in page and "<script>" not in page
     assert "self-made, keys drawn at random less their mean (seed 0)" in out
     assert "layers" in out
     line = next(line for line in out.splitlines() if line.startswith("│ 0 "))
     assert [cell.strip() for cell in line.split("│")[1:-1]][9:] == ["39", "40"], "duplicates and zeros"
+
+
+def test_all_threads_are_taken_before_anything_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    built = key_search.built
+    monkeypatch.setattr(explain, "use_all_threads", lambda: calls.append("threads"))
+    monkeypatch.setattr(key_search, "built", lambda *call: calls.append("built") or built(*call))
+    assert invoked("explain", str(saved(tmp_path / "a.npz", k=some(40, 2))))[0] == 0
+    assert calls == ["threads", "built"]
+
+
+def test_brackets_are_shown() -> None:
+    block = explain.Block("a [title]", ("a [head]",), [["a [cell]"]], "a [caption]")
+    console = Console(file=io.StringIO(), record=True)
+    console.print(explain.shown(block))
+    shown = console.export_text()
+    assert all(f"a [{part}]" in shown for part in ("title", "head", "cell", "caption"))
 
 
 def test_shape_is_what_numpy_finds() -> None:
@@ -132,6 +155,7 @@ def test_parts_and_positions_of_kept_heads_are_taken(tmp_path: Path) -> None:
         ({"k": some(2, 9, 2), "q": some(3, 4, 2)}, [], "queries must have a positive multiple of 2 heads"),
         ({"k": some(9, 2), "v": some(8, 2)}, [], "values must be (1, 9, 'dv') to match keys"),
         ({"k": some(9, 2), "q": some(10, 2)}, ["--causal"], "at most as many as keys where they are causal; got 10"),
+        ({"k": some(9, 2)}, ["--layer", "0"], "--layer needs arrays with four axes; got 0 where keys: array k"),
         ({"k": some(9, 2)}, ["--head", "1"], "--head must be below 1"),
         ({"k": np.array([[None, 1]])}, [], "must be an npz file of plain arrays"),
         ({"k": np.full((9, 2), 1e200)}, [], "finite products; theirs overflow"),

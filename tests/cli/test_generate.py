@@ -88,6 +88,16 @@ def test_what_was_read_is_counted_and_what_is_known_is_said(folder: Path, tmp_pa
     assert PROMPT.strip() in text
 
 
+def test_a_page_shows_texts_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, answer, model, policy, value = (f"<script>{i} & {i}</script>" for i in range(5))
+    monkeypatch.setattr("sys.argv", ["hsr", f"<script>{5} & {5}</script>"])
+    setting = reading.Setting(model, policy, "dense", 9, 4)
+    text = generate.report(setting, prompt, answer, [("name", value)], [Step(33, 0.5, 0, 0, None)], 1.0)
+    assert "<script>" not in text
+    for i in range(6):
+        assert f"&lt;script&gt;{i} &amp; {i}&lt;/script&gt;" in text
+
+
 def test_a_certificate_is_as_strong_as_its_policy(folder: Path) -> None:
     _, rows = generated(folder, "--budget", "8", "--set", "recent=4", "--seed", "3")
     assert rows["steps"] == "attention Sampled(budget=8.0, recent=4, seed=3)"
@@ -219,6 +229,8 @@ def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path, monkey
     assert "at least one token" in reason(folder, "")
     assert "a folder that exists" in reason(tmp_path / "none", "hi")
     assert "a file that exists where it ends with .gguf" in reason("none.gguf", "hi")
+    for model in ("smollm2", "X.gguf"):
+        assert f"--gguf needs a MODEL that is a folder or repository; got {model}" in reason(model, "hi", "--gguf", "y")
     assert "could not be loaded" in reason(tmp_path, "hi")
     monkeypatch.setattr(language_model.smollm, "MODEL_PACKAGE", "no_such_package")
     assert "make .venv/.demo" in reason("smollm2", "hi")
