@@ -23,10 +23,8 @@ gives each token the dense model's surprise, and so does `attention.Dense`; and 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -86,8 +84,7 @@ def rows(
     smollm.hook(model)
     text = smollm.essay_tokens(tokenizer, tokens)
     gate(model, text[:GATE_TOKENS], DTYPES[dtype])
-    source, _ = smollm.model_source()
-    name = Path(source).name if os.environ.get("HSR_MODEL") else "SmolLM2-135M-Instruct"
+    name = smollm.model_name()
     note(f"{name}, {dtype}, RoPE {real_keys.rope(tokens) if name.startswith('SmolLM2') else 'as configured'}")
     dense: Read | None = None
     for policy, stage in settings(tokens, quick):

@@ -18,11 +18,9 @@ python -m benchmarks.run model-checks --tokens 2048    # of the perplexity, whos
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,8 +100,7 @@ def rows(
     passkey = QUICK_PASSKEY if quick else PASSKEY
     model, tokenizer = smollm.load_model(max(tokens, passkey), device, getattr(torch, dtype))
     reader = Reader(model, tokenizer)
-    source, _ = smollm.model_source()
-    name = Path(source).name if os.environ.get("HSR_MODEL") else "SmolLM2-135M-Instruct"
+    name = smollm.model_name()
     note(f"{name}, {dtype}, RoPE for {reader.context} tokens")
     sizes = np.linspace(SHORTEST, LONGEST, prompts or (QUICK_PROMPTS if quick else PROMPTS)).astype(int).tolist()
     text = smollm.essay_tokens(tokenizer, max(tokens, sum(sizes)))

@@ -24,10 +24,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,8 +119,7 @@ def rows(
         if reader is None or n > reader.context:
             reader = Reader(*smollm.load_model(n, device, getattr(torch, dtype)))
             gate(reader, essays, GATES[dtype], device)
-            source, _ = smollm.model_source()
-            name = Path(source).name if os.environ.get("HSR_MODEL") else "SmolLM2-135M-Instruct"
+            name = smollm.model_name()
             note(f"{name}, {dtype}, RoPE for {reader.context} tokens, {samples} samples")
         drawn = {task: [sample(task, n, seed, essays, reader.count) for seed in range(samples)] for task in tasks}
         for task, ones in drawn.items():

@@ -77,6 +77,12 @@ def model_source() -> tuple[str, dict[str, str]]:
     return (named, {}) if named else packaged()
 
 
+def model_name() -> str:
+    """Of the model, as results state it."""
+    named = os.environ.get("HSR_MODEL")
+    return Path(named).name if named else "SmolLM2-135M-Instruct"
+
+
 def packaged() -> tuple[str, dict[str, str]]:
     """Where the package keeps the model, as `model_source` says it."""
     folder = package_folder(MODEL_PACKAGE)

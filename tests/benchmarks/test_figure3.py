@@ -99,6 +99,7 @@ def test_the_case_writes_rows_a_figure_and_sentences(tmp_path: Path, monkeypatch
     assert "| TopR | `r=128` |" in (tmp_path / "figure3.md").read_text()
 
 
+@pytest.mark.usefixtures("here")
 def test_an_option_that_the_case_has_not_is_refused() -> None:
     with pytest.raises(SystemExit):
         run.main(["figure3", "--quick", "--layers", "3"])

@@ -36,7 +36,7 @@ class Reader:
 
     def reply(self, one: int, context: int, policy: Any) -> Reply:
         exact = one == context and one != 2 and (policy is None or one not in self.missed)
-        return Reply(float(exact), 0.0, -1.0 if policy is None else -1.5, 0.25, 0.0)
+        return Reply(float(exact), 0.0, -1.0 if policy is None else -1.5, 0.25)
 
 
 @pytest.fixture
