@@ -5,14 +5,11 @@ python -m benchmarks.figure3_statement benchmarks/results/figure3.json    # writ
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.figure3_figures import CLAIMED
-from benchmarks.readme_table import markdown
+from benchmarks.readme_table import markdown, written_beside
 
 NO_LOSS = 1.01  # largest ratio of perplexities that counts as none
 HALVES = {"ratio": "over the whole text", "late_ratio": "over its second half"}
@@ -106,10 +103,7 @@ def text(measured: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the sentences of the file named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.figure3_statement", description="What was found.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="measurements of the case figure3")
-    file = parser.parse_args(arguments).file
-    file.with_suffix(".md").write_text(text(json.loads(file.read_text())))
+    written_beside("figure3_statement", "figure3", text, arguments)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,11 @@ python -m benchmarks.leaderboard_table benchmarks/results/leaderboard.json    # 
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.leaderboard_figures import KNOWING, PANELS, front
-from benchmarks.readme_table import markdown
+from benchmarks.readme_table import markdown, written_beside
 
 LEGEND = (
     "`benchmarks/leaderboard_case.py` says what the columns mean.  Bold: no method but oracles has a smaller error and "
@@ -67,10 +64,7 @@ def _cell(name: str, row: Mapping[str, Any], best: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the table of the file named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.leaderboard_table", description="The table.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="measurements of the case leaderboard")
-    file = parser.parse_args(arguments).file
-    file.with_suffix(".md").write_text(table(json.loads(file.read_text())))
+    written_beside("leaderboard_table", "leaderboard", table, arguments)
 
 
 if __name__ == "__main__":

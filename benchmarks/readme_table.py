@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,16 @@ def _race(rows: list[Mapping[str, Any]]) -> list[str]:
         f"{best['ms']:.3g} ({best['method']})",
         f"{best['speedup_vs_best_baseline']:.1f}x",
     ]
+
+
+def written_beside(
+    program: str, case: str, text: Callable[[dict[str, Any]], str], arguments: Sequence[str] | None
+) -> None:
+    """The command line of a module that says what a case found: text of the measurements in FILE, beside it as .md."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description="What was found.")
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"measurements of the case {case}")
+    file = parser.parse_args(arguments).file
+    file.with_suffix(".md").write_text(text(json.loads(file.read_text())))
 
 
 def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:

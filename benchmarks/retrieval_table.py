@@ -5,13 +5,10 @@ python -m benchmarks.retrieval_table benchmarks/results/retrieval.json    # writ
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.readme_table import markdown
+from benchmarks.readme_table import markdown, written_beside
 
 PARTS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "exact": ("Replies that are right to the token, those of common-words in any order", "{:.0%}".format),
@@ -57,10 +54,7 @@ def _cell(value: Any, form: Callable[[Any], str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tables of the file named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval_table", description="The tables.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="measurements of the case retrieval")
-    file = parser.parse_args(arguments).file
-    file.with_suffix(".md").write_text(table(json.loads(file.read_text())))
+    written_beside("retrieval_table", "retrieval", table, arguments)
 
 
 if __name__ == "__main__":

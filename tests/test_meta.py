@@ -11,24 +11,20 @@ from types import ModuleType
 import pytest
 
 from hsr.backend import ROWS, Row
+from tests.blocked import BLOCKED
 
 PACKAGES = ("hsr", "attention", "attention.modules", "gpu", "proofs_checks", "benchmarks")
 OPTIONAL = ("faiss", "torch", "transformers", "triton")
-WITHOUT = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ImportError(name + " is blocked")
-
-sys.meta_path.insert(0, Blocker())
+WITHOUT = (
+    BLOCKED
+    + """\
 import numpy as np
 import hsr
 report = hsr.HSRIndex(np.eye(3)).query(np.eye(3), 0.5)
 assert report.indices.tolist() == [0, 1, 2]
 assert not set({blocked!r}) & set(sys.modules)
 """
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

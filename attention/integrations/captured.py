@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from attention.integrations.steps import Fused
 from attention.integrations.transformers import HSRCache
 from hsr import checks
 from hsr.errors import ArgumentError
@@ -49,13 +50,11 @@ class CapturedSteps:
             self._place += 1
         self._cache.advance(-1)
         self._expected = self._cache.get_seq_length()
-        self._held = [(steps, steps.cache.room) for steps in self._cache.fused()]
+        self._held = self._memory()
 
-    def _is_stale(self) -> bool:
-        """Whether the graph is of other memory than the cache's, or has no room left."""
-        held = [(steps, steps.cache.room) for steps in self._cache.fused()]
-        same = all(a is b and x == y for (a, x), (b, y) in zip(held, self._held, strict=True))
-        return not same or self._cache.get_seq_length() >= self._room
+    def _memory(self) -> list[tuple[Fused, int]]:
+        """What the layers' launches write to, and its room: a graph is of no other."""
+        return [(steps, steps.cache.room) for steps in self._cache.fused()]
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """The logits (B, vocabulary) that follow token (B, 1) int64; the next call overwrites them.
@@ -70,7 +69,7 @@ class CapturedSteps:
                 f"token must be {tuple(self._token.shape)} of int64; got {tuple(token.shape)} of {token.dtype}"
             )
         n = self._cache.get_seq_length()
-        if self._is_stale():
+        if n >= self._room or self._memory() != self._held:
             self._room = self._cache.reserve(max(self._room, n + n // 4 + 1))
             self._place.fill_(n)
             self._capture()

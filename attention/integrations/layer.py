@@ -132,8 +132,7 @@ class HSRLayer(CacheLayerMixin):
         Raises:
             ArgumentError: not one row for each token of the last update, or a second call for them.
         """
-        if q.shape[2] != self._unattended:
-            raise ArgumentError(f"query must have {self._unattended} rows, one a new token; got {q.shape[2]}")
+        _once(q, self._unattended)
         self._unattended = 0
         step = q.shape[2] <= ROWS and q.shape[2] < self._n
         if self.steps is not None and seen != self._seen:
@@ -149,7 +148,7 @@ class HSRLayer(CacheLayerMixin):
         if not step:
             self._queries = q[:, :, -KNOWN:].clone()
             if self._prompt_is_sparse(q, k, v, seen):
-                _check(q, seen)
+                _check(seen)
                 return self._prompted(q, k, v, seen, options["scaling"]).transpose(1, 2).contiguous()
         return dense(module, q, k, v, mask, seen, **options)
 
@@ -162,7 +161,7 @@ class HSRLayer(CacheLayerMixin):
         padded = max(seen.lefts or (0,))
         if policy is None or self._n < least or first <= padded or capturing:
             return False
-        _check(q, seen)
+        _check(seen)
         k, v = self.keys, self.values
         assert k is not None and v is not None
         before = k[:, :, :first], v[:, :, :first]
@@ -333,19 +332,25 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self, module: torch.nn.Module, q: torch.Tensor, mask: torch.Tensor | None, seen: Seen, **options: Any
     ) -> torch.Tensor:
         """As `HSRLayer.attend`."""
-        if q.shape[2] != self._unattended:
-            raise ArgumentError(f"query must have {self._unattended} rows, one a new token; got {q.shape[2]}")
+        _once(q, self._unattended)
         self._unattended = 0
         k, v = self._rows
         del self._rows
         return dense(module, q, k, v, mask, seen, self.sliding_window, **options)
 
 
-def _check(q: torch.Tensor, seen: Seen) -> None:
+def _check(seen: Seen) -> None:
+    """ArgumentError where a mask says what no policy can be told."""
     if not seen.plain:
         raise ArgumentError(
             "attention_mask must be of left padding, (B, n), where attention is sparse; got one that hides other keys"
         )
+
+
+def _once(q: torch.Tensor, rows: int) -> None:
+    """ArgumentError unless q has a row for each token of the last update; 0 after it was attended to."""
+    if q.shape[2] != rows:
+        raise ArgumentError(f"query must have {rows} rows, one a new token; got {q.shape[2]}")
 
 
 def no_gradient(*parts: torch.Tensor) -> None:

@@ -24,23 +24,19 @@ from benchmarks.cli.bench import report as written
 from benchmarks.readme_table import README
 from benchmarks.run import CASES
 from proofs_checks.check import discover
+from tests.blocked import BLOCKED
 
 COMMANDS = ("demo", "bench", "check", "explain", "generate")
 ODD = "<script>alert('R&D')</script>"
 NAME = "quantisation_bounds"
-WITHOUT = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ImportError(name + " is blocked")
-
-sys.meta_path.insert(0, Blocker())
+WITHOUT = (
+    BLOCKED
+    + """\
 sys.argv = ["hsr", *{arguments!r}]
 from benchmarks.cli.__main__ import main
 main()
 """
+)
 
 
 def invoked(*arguments: str) -> tuple[int, str, str]:
