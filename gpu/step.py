@@ -19,10 +19,11 @@ POINTERS = (
     "counts found status tickets seeds trim rho budget parts sums lse drawn"
 ).split()
 STRIDES = "q_b q_h k_b k_h k_n k_p v_b v_h v_n v_p a_b a_h b_b b_h o_b o_h".split()
-COUNTS = "room groups sinks recent least crowd cap padded most".split()
+COUNTS = "room groups sinks recent least crowd cap padded most dense_below".split()
 LONG = 1 << 18  # tokens from which more warps of a program pay
 MOST = 64  # programs of a head
 RING = 150_000  # bytes of shared memory for codes
+DENSE_BYTES = 12 << 20  # of keys and values, up to which all of them are read sooner than some are chosen, on an H200
 
 
 class Arguments(ctypes.Structure):
@@ -96,12 +97,17 @@ class Step:
         )  # fmt: skip
         counts = (
             held.room, cache.groups, draws.sinks, draws.recent, cache.floor, cache.crowd, cache.cap, cache.padded,
-            held.most,
+            held.most, cache.dense_below,
         )  # fmt: skip
         arguments = Arguments(
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors), *strides, *counts, cache.scale
         )
         self._kernels[k is not None]((self._splits, cache.batch * cache.groups), 32 * self._warps, arguments)
+
+
+def dense_below(heads: int, width: int) -> int:
+    """Tokens below which attending to all keys of so many key-value heads is the faster step."""
+    return DENSE_BYTES // (4 * heads * width)
 
 
 @functools.cache
