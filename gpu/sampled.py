@@ -230,6 +230,11 @@ class SampledCache:
         return self._step is not None
 
     @property
+    def faster_below(self) -> int:
+        """The ``dense_below`` with which steps are fastest; 0 where they take four launches."""
+        return 0 if self._step is None else self._step.dense_below
+
+    @property
     def _cache(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values and the pages' table; lengths stand for one that no kernel reads."""
         held = self.tokens

@@ -23,7 +23,7 @@ COUNTS = "room groups sinks recent least crowd cap padded most dense_below".spli
 LONG = 1 << 18  # tokens from which more warps of a program pay
 MOST = 64  # programs of a head
 RING = 150_000  # bytes of shared memory for codes
-DENSE_BYTES = 12 << 20  # of keys and values, up to which all of them are read sooner than some are chosen, on an H200
+ROUNDS = 4  # of eight keys a warp: up to so many, all keys are attended to sooner than some are chosen, on an H200
 
 
 class Arguments(ctypes.Structure):
@@ -70,6 +70,11 @@ class Step:
             for grow in (0, 1)
         ]
 
+    @property
+    def dense_below(self) -> int:
+        """Tokens below which attending to every key is the faster step."""
+        return 8 * ROUNDS * self._warps * self._splits
+
     @staticmethod
     def serves(cache: SampledCache) -> bool:
         """Whether this launch has a form for the cache, on this device."""
@@ -103,11 +108,6 @@ class Step:
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors), *strides, *counts, cache.scale
         )
         self._kernels[k is not None]((self._splits, cache.batch * cache.groups), 32 * self._warps, arguments)
-
-
-def dense_below(heads: int, width: int) -> int:
-    """Tokens below which attending to all keys of so many key-value heads is the faster step."""
-    return DENSE_BYTES // (4 * heads * width)
 
 
 @functools.cache

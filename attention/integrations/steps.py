@@ -168,7 +168,6 @@ class Fused:
         dense_below: int | None,
     ) -> None:
         from gpu.sampled import Draws, SampledCache
-        from gpu.step import dense_below as faster_below
 
         assert policy.budget is not None
         draws = Draws(
@@ -178,12 +177,9 @@ class Fused:
         self.cache = SampledCache(k, v, heads, draws, scale, queries=queries)
         self.told = k.shape[2]
         self.steps = 0
-        if dense_below is None:
-            dense_below = faster_below(self.cache.batch * self.cache.groups, self.cache.width)
-            dense_below = dense_below if self.cache.single else 0
-        if dense_below > self.told and not self.cache.single:
+        self._dense_below = self.cache.faster_below if dense_below is None else dense_below
+        if self.dense and not self.cache.single:
             raise ArgumentError(f"dense_below must be 0 where a step takes several launches; got {dense_below}")
-        self._dense_below = dense_below
 
     @property
     def keys(self) -> int:

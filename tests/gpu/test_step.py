@@ -114,6 +114,7 @@ def test_short_contexts_are_dense_and_grow_into_sparse_ones(B, g, G, d, n, row):
         if step == 1:
             assert all((now == then).all() for now, then in zip((cache.trim, cache.rho), before, strict=True))
     assert output.isfinite().all() and (cache.status == 0).all()
+    assert cache.faster_below >= 8
     cache.dense_below = n + 99
     wanted = exact(q[:1], k[:1, :, : lengths[0] + 5], v[:1, :, : lengths[0] + 5])
     assert_exact(attend(cache, q)[:1], cache.lse[:1], wanted, torch.bfloat16)  # the same tokens, none of them new
@@ -255,6 +256,6 @@ def test_what_it_has_no_form_for_goes_to_the_four_launches():
     k, v, q = inputs(1, 1, 16, 500, 64)
     cache = SampledCache(k, v, 16, Draws(ALL), 0.125)
     assert not Step.serves(cache)
-    assert not cache.single
+    assert not cache.single and cache.faster_below == 0
     assert_exact(attend(cache, q), cache.lse, exact(q, k, v), torch.float16)
     assert dataclasses.replace(cache.tuning, single=False) == FOUR
