@@ -17,8 +17,9 @@ prompt; or SmolLM2's of one layer, where the model is or HSR_HEADS names a file 
 
 from __future__ import annotations
 
+import argparse
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from benchmarks.ledger import Row
 from benchmarks.replays import launched, peak_bytes, replayed
 from gpu import listed
 from gpu.block_sampled import key_lists
+from hsr import checks
 
 DEVICE = decode_gpu_case.DEVICE
 HERE, DTYPE = "cuda", torch.bfloat16
@@ -104,13 +106,23 @@ def missing() -> str | None:
     return None if torch.cuda.is_available() else "prefill-gpu needs an NVIDIA GPU, and torch and triton built for it"
 
 
-def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
+def options(parser: argparse.ArgumentParser) -> None:
+    """What this case can be asked for."""
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, help=f"of synthetic prompts ({LENGTHS[0]} to {LENGTHS[-1]}, and {LONGEST[1]})"
+    )
+
+
+def rows(quick: bool, note: Callable[[str], None], tokens: Sequence[int] | None = None) -> Iterator[Row]:
     """A row per prompt and setting; what fails is a note, and the next prompt follows."""
+    for n in tokens or ():
+        checks.whole("tokens", n, ROWS, LONGEST[1])
+    lengths = QUICK_LENGTHS if quick else LENGTHS if tokens is None else sorted({*tokens} - {LONGEST[1]})
     for shape in SHAPES:
         gate(*shape)
     for shape in SHAPES:
         best: str | None = None
-        for n in QUICK_LENGTHS if quick else LENGTHS:
+        for n in lengths:
             prompt = _tried(f"a prompt of n = {n} at {shape}", note, partial(made, *shape, n))
             dense: Milliseconds = {}
             yield from compared("synthetic", prompt, dense, note, best if n >= LONG else None)
@@ -120,8 +132,9 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
         return
     yield from _real(note)
     shape, n, setting = LONGEST
-    prompt = _tried(f"a prompt of n = {n}", note, partial(made, *shape, n))
-    yield from ours("synthetic", prompt, setting, {}, note)
+    if tokens is None or n in tokens:
+        prompt = _tried(f"a prompt of n = {n}", note, partial(made, *shape, n))
+        yield from ours("synthetic", prompt, setting, {}, note)
 
 
 def _real(note: Callable[[str], None]) -> Iterator[Row]:

@@ -201,7 +201,7 @@ def _after(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Te
     return found
 
 
-def tokens(model: Any, n: int) -> torch.Tensor:
+def random_tokens(model: Any, n: int) -> torch.Tensor:
     """(1, n) random tokens."""
     return torch.randint(model.config.vocab_size, (1, n), device=HERE, generator=torch.Generator(HERE).manual_seed(n))
 
@@ -231,7 +231,7 @@ class DenseSteps:
     """A dense step as a graph, like `CapturedSteps`."""
 
     def __init__(self, model: Any, cache: DenseCache, place: int) -> None:
-        self._token = tokens(model, 1)
+        self._token = random_tokens(model, 1)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = forward(model, cache, self._token, place)
