@@ -56,6 +56,10 @@ class CudaPrompt:
                 f"selection must have output {tuple(self.q.shape)} to match q; got {tuple(selection.output.shape)}"
             )
         lse: Any = selection.lse
+        if tuple(lse.shape) != tuple(self.q.shape[:-1]):
+            raise ArgumentError(
+                f"selection must have lse {tuple(self.q.shape[:-1])} to match q; got {tuple(lse.shape)}"
+            )
         output, exact_lse = exact_rows(*batched(self.q, self.k, self.v), rows, self.scale)
         return awaited(
             selection.output.reshape(len(rows), *self.q.shape[-2:]),
