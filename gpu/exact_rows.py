@@ -55,7 +55,7 @@ def pieces(
     k_base = K + batch * k_b + group * k_h
     v_base = V + batch * v_b + group * v_h
     factor = scale * LOG2E
-    m = tl.full((M,), -float("inf"), tl.float32)
+    m = tl.full((M,), -1e38, tl.float32)  # below any score, but finite: a row may see none of these keys
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
     for first in tl.range(begin, stop, N, num_stages=STAGES):
@@ -65,9 +65,8 @@ def pieces(
         seen = (j[None, :] <= last[:, None]) & (j[None, :] < stop)
         s = tl.where(seen, tl.dot(q, tl.trans(k)) * factor, -float("inf"))
         higher = tl.maximum(m, tl.max(s, 1))
-        level = tl.where(higher == -float("inf"), 0.0, higher)  # a row may see none of these keys
-        p = tl.exp2(s - level[:, None])
-        fade = tl.exp2(m - level)
+        p = tl.exp2(s - higher[:, None])
+        fade = tl.exp2(m - higher)
         total = total * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
         m = higher

@@ -61,6 +61,15 @@ def test_one_row_and_all_rows(m, n, s):
     assert_exact(q, k, v, np.stack([np.random.default_rng(i).permutation(m)[:s] for i in range(4)]))
 
 
+def test_more_pieces_than_are_joined_at_once(monkeypatch):
+    monkeypatch.setattr(module, "SHORTEST", 16)
+    monkeypatch.setattr(module, "WAVES", 50)
+    q, k, v = inputs(1, 1, 2, 90, 2500, 128)
+    rows = np.random.default_rng(0).integers(0, 90, (2, 40))
+    assert len(module.plan(rows.reshape(1, -1), 2410, 128, 64, 200).pieces) > 2 * module.JOINED
+    assert_exact(q, k, v, rows, 128**-0.5)
+
+
 def test_keys_after_the_last_row_are_not_read():
     q, k, v = inputs(1, 1, 1, 600, 600, 64)
     rows = np.array([[3, 299, 150]])
