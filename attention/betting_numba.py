@@ -75,8 +75,9 @@ def best_means(x, population, means, shares, prices):
                 for share in range(len(shares)):
                     product[share] *= min(1 - shares[share] + shares[share] * odds, MOST)
                 if (i + 1) % DRAWS == 0 or i + 1 == x.shape[1]:
-                    capital += np.log(product)
-                    product[:] = 1.0
+                    for share in range(len(shares)):
+                        capital[share] += np.log(product[share])
+                        product[share] = 1.0
             for share in range(len(shares)):
                 for price in range(len(prices)):
                     value = after - prices[price] * capital[share]
