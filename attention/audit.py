@@ -123,11 +123,12 @@ def audit(
     """Bound mean dropped mass and mean output error over all rows, from exact attention on a random sample of them.
 
     Rows are drawn without replacement, independently in each head, and attended exactly in float64; on a GPU with
-    weights in the values' dtype and sums in float32, so that errors below that dtype's rounding do not show.  The cost
-    is that of ``h rows`` dense rows.  The bounds assume nothing of the errors but their range, and hold for any number
-    of rows.
-    They are bounds on means: a fault confined to a share p of a head's rows is met with probability
-    ``1 - (1 - p)**rows``.  What is audited must not depend on the draw.
+    weights in the values' dtype and sums in float32, so that errors below that dtype's rounding do not show.  There
+    nothing waits until an estimate is read or ``passes`` is asked.  The cost is that of ``h rows`` dense rows.
+
+    The bounds assume nothing of the errors but their range, and hold for any number of rows.  They are bounds on means:
+    a fault confined to a share p of a head's rows is met with probability ``1 - (1 - p)**rows``.  What is audited must
+    not depend on the draw.
 
     With ``escalate=True`` the selection is run on all rows and audited, then the next tighter policy (its method
     ``tighter(n)``), and at last `Dense`, until the overall bounds are within the limits given.  Attempt i draws fresh

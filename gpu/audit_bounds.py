@@ -313,7 +313,7 @@ def awaited(
         overall[(len(SHARES), QUANTITIES)](best, prices, refuting, least, heads, num_warps=4, **OVERALL)
     ready = None
     if packed.is_cuda:
-        there = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        there = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
         packed, ready = there.copy_(packed, non_blocking=True), torch.cuda.Event()
         ready.record()
     return Awaited(packed, ready, (heads, drawn), m, delta, tolerance, leading)

@@ -34,7 +34,7 @@ def where_it_lies(call: Callable[Concatenate[torch.Tensor, P], R]) -> Callable[C
 def sent(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Copies on the device, flat, made in one go for which the host does not wait; each begins at 16 bytes."""
     ends = np.cumsum([-(-array.nbytes // 16) * 16 for array in arrays]).tolist()
-    packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    packed = torch.empty(ends[-1], dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     bytes = packed.numpy()
     for begin, array in zip([0, *ends], arrays, strict=False):
         bytes[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
