@@ -1,8 +1,8 @@
-"""`attention.audit_bounds` on the GPU: errors of sampled rows and what they say of all, without waiting for the host.
+"""`attention.audit_bounds` on the GPU: what errors of sampled rows say of all, without waiting for the host.
 
-A launch for the errors, one whose programs each make a bound of a head or a head's share of the overall bounds, one
-that adds those up; then a copy to the host, which waits only when an estimate is read.  Everything is float64.  The
-definitions are those of `attention.finite_population`, and so is their slack, which is above the rounding of either.
+A launch whose programs each make a bound of a head or a head's share of the overall bounds, one that adds those up;
+then a copy to the host, which waits only when an estimate is read.  Everything is float64.  The definitions are those
+of `attention.finite_population`, and so is their slack, which is above the rounding of either.
 """
 
 from __future__ import annotations
@@ -19,42 +19,11 @@ from attention.audit_bounds import QUANTITIES, Estimate, Made, estimate, estimat
 from attention.finite_population import CANDIDATES, LOG_PRIOR, PRICES, SHARES, SLACK
 from gpu.tensors import sent, where_it_lies
 
-WARPS = 8  # of a program that makes bounds
-TILE = 2048  # numbers of outputs that a program compares
-TABLE = {"SHARES": len(SHARES), "MANY": len(PRICES), "PRICED": 8}  # prices looked at side by side
-BOUNDS = TABLE | {"CANDIDATES": CANDIDATES, "ROUNDS": CANDIDATES.bit_length(), "SPAN": 512}
+WARPS = 4  # of a program that makes bounds
+TABLE = {"SHARES": len(SHARES), "MANY": len(PRICES)}
+BOUNDS = TABLE | {"CANDIDATES": CANDIDATES, "ROUNDS": CANDIDATES.bit_length(), "SPAN": 512, "PRICED": 4}
 BOUNDS |= {"DRAWS": 16, "CHUNK": 64}  # draws multiplied before a logarithm is taken; those looked at side by side
-OVERALL = TABLE | {"STRATA": 32}  # heads looked at side by side
-
-
-@triton.jit(do_not_specialize=["l_h", "drawn"])
-def errors(
-    OUTPUT, LSE, ROWS, EXACT, EXACT_LSE, TOLERANCE, VALUES, o_h, o_m, l_h, drawn, D: tl.constexpr, TILE: tl.constexpr
-):
-    """Grid (tiles of drawn rows, H): OUTPUT (H, m, D), LSE (H, m) by strides, of which ROWS (H, drawn) int32 are drawn.
-
-    EXACT (H, drawn, D), EXACT_LSE (H, drawn) float32, TOLERANCE (1,) float64 -> VALUES (3, H, drawn) float64: errors of
-    sums and of outputs, and whether the latter exceeds the tolerance.
-    """
-    head = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    ok = i < drawn
-    d = tl.arange(0, D)
-    row = tl.load(ROWS + head * drawn + i, mask=ok, other=0).to(tl.int64)
-    lse = tl.load(LSE + head * l_h + row, mask=ok, other=0.0).to(tl.float64)
-    true = tl.load(EXACT_LSE + head * drawn + i, mask=ok, other=0.0).to(tl.float64)
-    dropped = tl.abs(tl.exp(lse - true) - 1)
-    dropped = tl.where(lse == true, 0.0, tl.where(dropped < 1, dropped, 1.0))  # not a number is wrong
-    output = tl.load(OUTPUT + head * o_h + row[:, None] * o_m + d[None, :], mask=ok[:, None], other=0.0).to(tl.float64)
-    exact = tl.load(EXACT + (head * drawn + i)[:, None] * D + d[None, :], mask=ok[:, None], other=0.0).to(tl.float64)
-    off = tl.sqrt(tl.sum((output - exact) * (output - exact), 1))
-    size = tl.sqrt(tl.sum(exact * exact, 1))
-    error = tl.where(off == 0, 0.0, tl.where(off < size, off / size, 1.0))
-    at = VALUES + head * drawn + i
-    all = tl.num_programs(1).to(tl.int64) * drawn
-    tl.store(at, dropped, mask=ok)
-    tl.store(at + all, error, mask=ok)
-    tl.store(at + 2 * all, tl.where(error > tl.load(TOLERANCE), 1.0, 0.0).to(tl.float64), mask=ok)
+OVERALL = TABLE | {"ADDED": 32, "STRATA": 32}  # prices of a program, heads added side by side
 
 
 @triton.jit
@@ -97,7 +66,7 @@ def _best(
             fair *= left
             past += y
         log += tl.log(won / fair)
-    for first in tl.static_range(0, MANY, PRICED):
+    for first in tl.range(0, MANY, PRICED):
         p = first + tl.arange(0, PRICED)
         price = tl.load(PRICES + p)
         value = after[:, None] - price[None, :] * log[:, None]
@@ -170,16 +139,16 @@ def _upper_share(level, hits, drawn, population, rounds, CHUNK: tl.constexpr):
     return tl.maximum(low - 1, hits) / population
 
 
-@triton.jit(do_not_specialize=["drawn", "rounds"], do_not_specialize_on_alignment=["UPPER"])
+@triton.jit(do_not_specialize=["drawn", "rounds"])
 def bounds(
-    VALUES, SETTINGS, PRIOR, PRICES, BEST, UPPER, drawn, rounds, CANDIDATES: tl.constexpr, ROUNDS: tl.constexpr,
+    VALUES, SETTINGS, PRIOR, PRICES, BEST, drawn, rounds, CANDIDATES: tl.constexpr, ROUNDS: tl.constexpr,
     SPAN: tl.constexpr, SHARES: tl.constexpr, MANY: tl.constexpr, DRAWS: tl.constexpr, PRICED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (3 H, SHARES + 1): of a line of VALUES (3 H, drawn) first its own bound, UPPER (3 H,), which takes longest.
+    """Grid (3 H, SHARES + 1): first the bound of a line of VALUES (3 H, drawn), which takes longest, put behind them.
 
-    The others are BEST (3 H, SHARES, MANY).  SETTINGS (4,) float64: the population, the level that refutes a head's
-    mean, that of its share, the tolerance.  PRIOR (SHARES,), PRICES (MANY,); all float64.
+    The others are BEST (3 H, SHARES, MANY).  SETTINGS (3,) float64: the population, the levels that refute a head's
+    mean and its share.  PRIOR (SHARES,), PRICES (MANY,); all float64.
     """
     line = tl.program_id(0)
     part = tl.program_id(1)
@@ -191,6 +160,7 @@ def bounds(
         best = BEST + (line.to(tl.int64) * SHARES + part - 1) * MANY
         _best(x, PRICES, best, share, sum, drawn, population, CANDIDATES, SPAN, DRAWS, MANY, PRICED)
     else:
+        UPPER = VALUES + tl.num_programs(0).to(tl.int64) * drawn
         if line * 3 < tl.num_programs(0) * 2:
             level = tl.load(SETTINGS + 1)
             upper = _upper_mean(x, PRIOR, level, sum, drawn, population, CANDIDATES, ROUNDS, SHARES, CHUNK)
@@ -199,34 +169,32 @@ def bounds(
             tl.store(UPPER + line, _upper_share(tl.load(SETTINGS + 2), sum, drawn, population, rounds, CHUNK))
 
 
-@triton.jit(do_not_specialize=["heads"], do_not_specialize_on_alignment=["OVERALL"])
+@triton.jit(do_not_specialize=["heads"], do_not_specialize_on_alignment=["LEVELS", "OVERALL"])
 def overall(
-    BEST, PRICES, LEVELS, OVERALL, heads, SHARES: tl.constexpr, MANY: tl.constexpr, PRICED: tl.constexpr,
+    BEST, PRICES, LEVELS, OVERALL, heads, SHARES: tl.constexpr, MANY: tl.constexpr, ADDED: tl.constexpr,
     STRATA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (SHARES, 3): the least bound of a share, LEVELS (SHARES,) -> OVERALL (3, SHARES), sums over heads."""
-    part = tl.program_id(0)
-    quantity = tl.program_id(1)
-    level = tl.load(LEVELS + part)
-    least = level * 0 + float("inf")
-    for first in tl.static_range(0, MANY, PRICED):
-        p = first + tl.arange(0, PRICED)
-        total = tl.zeros((PRICED,), tl.float64)
-        for begin in tl.range(0, heads, STRATA):
-            stratum = begin + tl.arange(0, STRATA)
-            line = (quantity * heads + stratum).to(tl.int64) * SHARES + part
-            total += tl.sum(
-                tl.load(BEST + line[:, None] * MANY + p[None, :], mask=stratum[:, None] < heads, other=0.0), 0
-            )
-        least = tl.minimum(least, tl.min(tl.load(PRICES + p) * level + total, 0))
-    tl.store(OVERALL + quantity * SHARES + part, least)
+    """Grid (MANY / ADDED, SHARES, 3): least bound of some prices on the sum over heads, at LEVELS (SHARES,).
+
+    -> OVERALL (3, SHARES, MANY / ADDED).
+    """
+    part = tl.program_id(1)
+    quantity = tl.program_id(2)
+    p = tl.program_id(0) * ADDED + tl.arange(0, ADDED)
+    total = tl.load(PRICES + p) * tl.load(LEVELS + part)
+    for begin in tl.range(0, heads, STRATA):
+        stratum = begin + tl.arange(0, STRATA)
+        line = (quantity * heads + stratum).to(tl.int64) * SHARES + part
+        best = tl.load(BEST + line[:, None] * MANY + p[None, :], mask=stratum[:, None] < heads, other=0.0)
+        total += tl.sum(best, 0)
+    tl.store(OVERALL + (quantity * SHARES + part) * tl.num_programs(0) + tl.program_id(0), tl.min(total, 0))
 
 
 @dataclass(frozen=True)
 class Awaited:
     """Estimates on their way from a GPU: the copy is waited for once, when one is read."""
 
-    packed: torch.Tensor  # float64 on the host, of `_sizes`: values, heads' bounds, least sums of strata's means
+    packed: torch.Tensor  # float64 on the host, of `sizes`
     ready: torch.cuda.Event | None
     shape: tuple[int, int]  # H, s
     population: int
@@ -239,7 +207,7 @@ class Awaited:
         if self.ready is not None:
             self.ready.synchronize()
         heads, drawn = self.shape
-        values, upper, least = np.split(self.packed.numpy(), np.cumsum(_sizes(heads, drawn))[:-1])
+        values, upper, least = np.split(self.packed.numpy(), np.cumsum(sizes(heads, drawn))[:-1])
         values = values.reshape(QUANTITIES, heads, drawn)
         if drawn == self.population:
             return estimates(values[0], values[1], self.tolerance, drawn, self.delta, self.leading)
@@ -265,55 +233,52 @@ class Awaited:
         return self._made.exceeding
 
 
-def _sizes(heads: int, drawn: int) -> list[int]:
-    """Of what is fetched: values (3, H, s), bounds of heads (3, H), least sums (3, S)."""
-    return [QUANTITIES * size for size in (heads * drawn, heads, len(SHARES))]
+def sizes(heads: int, drawn: int) -> list[int]:
+    """Of what is fetched: values (3, H, s), bounds of heads (3, H), least sums over heads (3, S P)."""
+    return [QUANTITIES * size for size in (heads * drawn, heads, len(SHARES) * len(PRICES) // OVERALL["ADDED"])]
 
 
 @functools.cache
 def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    prior, prices = sent((LOG_PRIOR, PRICES), device)
-    return prior, prices
+    return sent(LOG_PRIOR, device), sent(PRICES, device)
+
+
+def settings(heads: int, m: int, tolerance: float, delta: float) -> np.ndarray:
+    """Float64: m, the levels that refute a head's mean and its share, the tolerance; then those of overall bounds."""
+    risk = delta / QUANTITIES
+    own = [m, SLACK - np.log(risk / heads), np.log(risk / heads) - SLACK, tolerance]
+    return np.concatenate([own, SLACK * heads - LOG_PRIOR - np.log(risk)])
 
 
 @where_it_lies
 def awaited(
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    exact: tuple[torch.Tensor, torch.Tensor],
-    rows: np.ndarray,
-    tolerance: float,
-    delta: float,
+    packed: torch.Tensor, told: torch.Tensor, shape: tuple[int, int], m: int, delta: float, tolerance: float,
     leading: tuple[int, ...],
-) -> Awaited:
-    """See `attention.audit_bounds.estimates`: of output (H, m, dv) and lse (H, m), of which rows (H, s) were drawn.
+) -> Awaited:  # fmt: skip
+    """See `attention.audit_bounds.estimates`.
 
-    Rows of the output and of lse are contiguous; exact is the output (H, s, dv) and lse (H, s) of the drawn rows,
-    float32 and contiguous.
+    Args:
+        packed: float64, of `sizes`, on the device; values are there, in the order of drawing, the rest is filled in.
+        told: `settings`, on the device.
+        shape: H, s.
+        m: rows of each head.
+        delta: risk of all bounds of a kind.
+        tolerance: of errors.
+        leading: to which heads are unfolded.
     """
-    (heads, drawn), m = rows.shape, output.shape[1]
-    risk = delta / QUANTITIES
-    settings = np.array([m, SLACK - np.log(risk / heads), np.log(risk / heads) - SLACK, tolerance])
-    levels = SLACK * heads - LOG_PRIOR - np.log(risk)
-    told, refuting, chosen = sent((settings, levels, rows.astype(np.int32)), output.device)
-    packed = torch.empty(sum(_sizes(heads, drawn)), dtype=torch.float64, device=output.device)
-    values, upper, least = packed.split(_sizes(heads, drawn))
-    width = output.shape[2]
-    tile = TILE // width
-    errors[(triton.cdiv(drawn, tile), heads)](
-        output, lse, chosen, *exact, told[3:], values, *output.stride()[:2], lse.stride(0), drawn, D=width,
-        TILE=tile, num_warps=4,
-    )  # fmt: skip
+    heads, drawn = shape
     if drawn < m:
-        prior, prices = _constants(output.device)
-        best = torch.empty(QUANTITIES * heads * len(SHARES) * len(PRICES), dtype=torch.float64, device=output.device)
+        prior, prices = _constants(packed.device)
+        best = torch.empty(QUANTITIES * heads * len(SHARES) * len(PRICES), dtype=torch.float64, device=packed.device)
         bounds[(QUANTITIES * heads, len(SHARES) + 1)](
-            values, told, prior, prices, best, upper, drawn, (m - drawn + 1).bit_length(), num_warps=WARPS, **BOUNDS
+            packed, told, prior, prices, best, drawn, (m - drawn + 1).bit_length(), num_warps=WARPS, **BOUNDS
         )
-        overall[(len(SHARES), QUANTITIES)](best, prices, refuting, least, heads, num_warps=4, **OVERALL)
+        overall[(len(PRICES) // OVERALL["ADDED"], len(SHARES), QUANTITIES)](
+            best, prices, told[4:], packed[sum(sizes(heads, drawn)[:2]) :], heads, num_warps=4, **OVERALL
+        )
     ready = None
     if packed.is_cuda:
         there = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
         packed, ready = there.copy_(packed, non_blocking=True), torch.cuda.Event()
         ready.record()
-    return Awaited(packed, ready, (heads, drawn), m, delta, tolerance, leading)
+    return Awaited(packed, ready, shape, m, delta, tolerance, leading)

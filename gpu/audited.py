@@ -11,9 +11,12 @@ import torch
 
 from attention.result import Result
 from attention.weights import ReLUPower, Softmax
-from gpu.audit_bounds import Awaited, awaited
-from gpu.exact_rows import exact_rows
+from gpu import audit_bounds
+from gpu.audit_bounds import Awaited
+from gpu.audit_errors import measure
+from gpu.exact_rows import parts
 from gpu.prompt import batched
+from gpu.tensors import sent
 from hsr import checks
 from hsr.errors import ArgumentError
 
@@ -60,16 +63,14 @@ class CudaPrompt:
             raise ArgumentError(
                 f"selection must have lse {tuple(self.q.shape[:-1])} to match q; got {tuple(lse.shape)}"
             )
-        output, exact_lse = exact_rows(*batched(self.q, self.k, self.v), rows, self.scale)
-        return awaited(
-            selection.output.reshape(len(rows), *self.q.shape[-2:]),
-            lse.reshape(len(rows), self.q.shape[-2]),
-            (output, exact_lse),
-            rows,
-            tolerance,
-            delta,
-            tuple(self.q.shape[:-2]),
-        )
+        (heads, drawn), (m, d) = rows.shape, self.q.shape[-2:]
+        told = sent(audit_bounds.settings(heads, m, tolerance, delta), self.q.device)
+        packed = torch.empty(sum(audit_bounds.sizes(heads, drawn)), dtype=torch.float64, device=self.q.device)
+        with torch.cuda.device_of(self.q):
+            found = parts(*batched(self.q, self.k, self.v), rows, self.scale)
+            measure(found, selection.output.reshape(heads, m, d), lse.reshape(heads, m), told[3:], packed)
+        leading = tuple(self.q.shape[:-2])
+        return audit_bounds.awaited(packed, told, (heads, drawn), m, delta, tolerance, leading)
 
 
 def audited(

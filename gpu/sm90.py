@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from attention.skip_softmax_reference import BLOCK
 from gpu import (
     audit_bounds,
+    audit_errors,
     block_sampled,
     chosen,
     encode,
@@ -164,17 +165,14 @@ def skip_cases() -> Iterator[Case]:
 
 
 def audit_cases() -> Iterator[Case]:
-    """The shapes that `gpu.exact_rows` and `gpu.audit_bounds` launch."""
-    kinds = dict.fromkeys(("POSITIONS", "SLOTS", "PIECES", "STARTS"), "*i32") | {"OUTPUT": "*fp32"}
+    """The shapes that `gpu.exact_rows`, `gpu.audit_errors` and `gpu.audit_bounds` launch."""
+    doubles = dict.fromkeys("TOLERANCE VALUES SETTINGS PRIOR PRICES BEST LEVELS OVERALL".split(), "*fp64")
     for D, (M, N, stages, warps) in exact_rows.TILES.items():
         shape = {"G": 4, "D": D, "M": M, "N": N, "STAGES": stages}
-        yield Case(exact_rows.pieces, shape, warps, "HGMMA", kinds, stages)
-        yield Case(exact_rows.join, {"D": D, "M": M, "JOINED": exact_rows.JOINED}, 4, "", kinds)
-        drawn = {"ROWS": "*i32", "TOLERANCE": "*fp64", "VALUES": "*fp64"} | dict.fromkeys(
-            ("EXACT", "EXACT_LSE"), "*fp32"
-        )
-        yield Case(audit_bounds.errors, {"D": D, "TILE": audit_bounds.TILE // D}, 4, "", drawn)
-    doubles = dict.fromkeys("VALUES SETTINGS PRIOR PRICES BEST UPPER LEVELS OVERALL".split(), "*fp64")
+        yield Case(exact_rows.pieces, shape, warps, "HGMMA", {"PLAN": "*i32"}, stages)
+        shape = {"D": D, "M": M, "JOINED": exact_rows.JOINED}
+        yield Case(exact_rows.join, shape, 4, "", {"PLAN": "*i32", "OUTPUT": "*fp32"})
+        yield Case(audit_errors.errors, shape | {"G": 4}, 4, "", doubles | {"PLAN": "*i32"})
     yield Case(audit_bounds.bounds, audit_bounds.BOUNDS, audit_bounds.WARPS, "", doubles)
     yield Case(audit_bounds.overall, audit_bounds.OVERALL, 4, "", doubles)
 

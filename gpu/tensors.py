@@ -6,7 +6,7 @@ Nothing is moved between devices, cast or replaced; a scalar is a Python or nump
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -31,18 +31,10 @@ def where_it_lies(call: Callable[Concatenate[torch.Tensor, P], R]) -> Callable[C
     return wrapped
 
 
-def sent(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Copies on the device, flat, made in one go for which the host does not wait; each begins at 16 bytes."""
-    ends = np.cumsum([-(-array.nbytes // 16) * 16 for array in arrays]).tolist()
-    packed = torch.empty(ends[-1], dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-    bytes = packed.numpy()
-    for begin, array in zip([0, *ends], arrays, strict=False):
-        bytes[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    here = packed.to(device, non_blocking=True)
-    return [
-        here[begin : begin + array.nbytes].view(getattr(torch, array.dtype.name))
-        for begin, array in zip([0, *ends], arrays, strict=False)
-    ]
+def sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device, for which the host does not wait."""
+    here = torch.from_numpy(array)
+    return (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
 
 
 def floats(

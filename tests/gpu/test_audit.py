@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +16,9 @@ from attention import BlockSampled, Dense, audit, prefill  # noqa: E402
 from attention.audit_bounds import Estimate, estimates, relative_error, sums_error  # noqa: E402
 from attention.weights import Softmax  # noqa: E402
 from gpu import audit_bounds, prompt  # noqa: E402
+from gpu.audit_errors import measure  # noqa: E402
 from gpu.audited import audited  # noqa: E402
+from gpu.exact_rows import exact_rows, parts  # noqa: E402
 from hsr.errors import ArgumentError  # noqa: E402
 from tests.gpu.interpreted import (  # noqa: E402
     HERE,
@@ -33,38 +34,15 @@ NUMBERS = [field.name for field in dataclasses.fields(Estimate)]
 FEW = {"max_examples": 200 if HERE == "cuda" else 8}  # interpreted, a head's bounds take seconds
 
 
-class Case(NamedTuple):
-    """Of rows (H, s) that were drawn of m; float32."""
-
-    output: Any  # (H, m, d)
-    lse: Any  # (H, m)
-    exact: Any  # (H, s, d)
-    exact_lse: Any  # (H, s)
-    rows: np.ndarray
-
-
-def case(errors, m, seed=0, d=64):
-    """Exact rows that are off the rows drawn by errors (H, s); all m rows of an output are one row."""
-    rng = np.random.default_rng(seed)
-    errors = torch.from_numpy(np.asarray(errors, np.float32))
-    rows = np.stack([rng.choice(m, errors.shape[1], replace=False) for _ in errors])
-    output = normal(len(errors), 1, d, seed=seed).cpu()
-    lse = normal(len(errors), m, seed=seed).cpu()
-    exact_lse = lse.gather(1, torch.from_numpy(rows)) + errors
-    parts = output.expand(-1, m, -1), lse, (output * (1 + errors[..., None])), exact_lse
-    return Case(*(part.to(HERE) for part in parts), rows)
-
-
-def both(case, tolerance=0.1, delta=0.05):
-    """Estimates made here, and by definition, of the same errors."""
-    heads, m = case.lse.shape
-    found = audit_bounds.awaited(*case[:2], case[2:4], case.rows, tolerance, delta, (heads,))
-    at = torch.from_numpy(case.rows).to(HERE)
-    picked = case.output.gather(1, at[..., None].expand(-1, -1, case.output.shape[2])), case.lse.gather(1, at)
-    output, lse, exact, exact_lse = (part.double().cpu().numpy() for part in (*picked, *case[2:4]))
-    with np.errstate(invalid="ignore"):  # a difference of infinities
-        errors = sums_error(lse, exact_lse), relative_error(output, exact)
-    return found, estimates(*errors, tolerance, m, delta, (heads,))
+def both(values, m, tolerance=0.1, delta=0.05):
+    """Estimates made here, and by definition, of the same errors of sums and of outputs, (2, H, s) float64."""
+    heads, drawn = values.shape[1:]
+    told = torch.from_numpy(audit_bounds.settings(heads, m, tolerance, delta)).to(HERE)
+    packed = torch.empty(sum(audit_bounds.sizes(heads, drawn)), dtype=torch.float64, device=HERE)
+    every = np.concatenate([values, values[1:] > tolerance]).ravel()
+    packed[: every.size] = torch.from_numpy(every).to(HERE)
+    found = audit_bounds.awaited(packed, told, (heads, drawn), m, delta, tolerance, (1, heads))
+    return found, estimates(*values, tolerance, m, delta, (1, heads))
 
 
 def assert_alike(found, wanted):
@@ -80,58 +58,91 @@ def assert_alike(found, wanted):
 @given(
     heads=st.integers(1, 2),
     drawn=st.sampled_from([1, 2, 16, 17, 65]),
-    more=st.sampled_from([0, 1, 7, 1000, 200_000]),
-    values=st.sampled_from([(0.0,), (0.25,), (0.0, 1e-6), (0.0, 0.01, 3.0), (5.0,), (-1.0, 0.0)]),
+    more=st.sampled_from([0, 1, 7, 1000, 2**31 - 100]),
+    values=st.sampled_from([(0.0,), (0.25,), (0.0, 1e-300), (0.0, 0.01, 1.0), (1.0,), (0.1, 0.2, 0.3)]),
     tolerance=st.sampled_from([0.0, 0.1, 0.25]),
     delta=st.sampled_from([0.5, 0.05, 1e-9]),
     seed=st.integers(0, 99),
 )
 def test_bounds_are_those_of_the_definition(heads, drawn, more, values, tolerance, delta, seed):
-    """Without errors, with ties, constant ones and large ones; of one row and of all."""
-    errors = np.random.default_rng(seed).choice(values, (heads, drawn))
-    assert_alike(*both(case(errors, drawn + more, seed), tolerance, delta))
+    """Without errors, with ties, constant ones and none but the worst; of one row and of all."""
+    errors = np.random.default_rng(seed).choice(values, (2, heads, drawn))
+    assert_alike(*both(errors, drawn + more, tolerance, delta))
 
 
 @pytest.mark.parametrize(("drawn", "m"), [(1, 9), (16, 32768), (65, 32768), (65, 80)])
-@pytest.mark.parametrize("values", [(0.0,), (0.0, 0.02, 3.0)])
+@pytest.mark.parametrize("values", [(0.0,), (0.0, 0.02, 1.0)])
 def test_bounds_of_few_and_of_many_draws(drawn, m, values):
-    errors = np.random.default_rng(drawn).choice(values, (1, drawn))
-    assert_alike(*both(case(errors, m)))
+    assert_alike(*both(np.random.default_rng(drawn).choice(values, (2, 1, drawn)), m))
 
 
 @pytest.mark.slow
 def test_bounds_of_more_heads_than_are_added_at_once():
-    errors = np.random.default_rng(0).choice((0.0, 0.02, 3.0), (audit_bounds.OVERALL["STRATA"] + 1, 5))
-    assert_alike(*both(case(errors, 4000)))
+    heads = audit_bounds.OVERALL["STRATA"] + 1
+    assert_alike(*both(np.random.default_rng(0).choice((0.0, 0.02, 1.0), (2, heads, 5)), 4000))
+
+
+def measured(q, k, v, output, lse, rows, tolerance=0.1):
+    """Errors (3, H, s) of an output (H, m, d) and lse (H, m) in rows (H, s), and by definition."""
+    scale, exact = q.shape[3] ** -0.5, [part.flatten(0, 1) for part in exact_rows(q, k, v, rows, q.shape[3] ** -0.5)]
+    values = torch.empty(3 * rows.size, dtype=torch.float64, device=HERE)
+    measure(
+        parts(q, k, v, rows, scale), output, lse, torch.tensor([tolerance], dtype=torch.float64, device=HERE), values
+    )
+    at = torch.from_numpy(rows).to(HERE)
+    picked = output.gather(1, at[..., None].expand(-1, -1, q.shape[3])), lse.gather(1, at)
+    output, lse, exact, sums = (part.double().cpu().numpy() for part in (*picked, *exact))
+    with np.errstate(invalid="ignore"):  # a difference of infinities
+        dropped, error = sums_error(lse, sums), relative_error(output, exact)
+    return values.view(3, *rows.shape).cpu().numpy(), np.stack([dropped, error, error > tolerance])
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(64, torch.float16), (128, torch.float32), (256, torch.float16)])
+def test_errors_are_those_of_the_definition(d, dtype):
+    """In the order of drawing, of a batch and of groups of heads."""
+    q, k, v = prompts(B=2, m=150, n=400, d=d)
+    rng = np.random.default_rng(d)
+    rows = np.stack([rng.permutation(150)[:70] for _ in range(8)])
+    output, lse = normal(8, 150, d).to(dtype), normal(8, 150, seed=1)
+    exact, sums = (part.flatten(0, 1) for part in exact_rows(q, k, v, rows, d**-0.5))
+    for head in range(8):
+        near = 1 + 0.2 * normal(70, seed=head)
+        output[head, rows[head]] = (exact[head] * near[:, None]).to(dtype)
+        lse[head, rows[head]] = sums[head] + (near - 1)
+    found, wanted = measured(q, k, v, output, lse, rows)
+    assert 0 < wanted[2].mean() < 1
+    assert np.allclose(found, wanted, rtol=1e-12, atol=1e-15)
 
 
 def test_every_kind_of_wrong_row_counts_as_wrong():
-    """All rows drawn: NaN, infinity, rows that are or should be zero, and sums of nothing."""
-    made = case(np.zeros((1, 10)), 10)
-    output, lse = made.output.clone(), made.lse.clone()
-    exact, exact_lse = made.exact.clone(), made.exact_lse.clone()
-    at = made.rows[0].tolist()
-    output[0, at[0], 3] = torch.nan
-    output[0, at[1], 3] = torch.inf
-    output[0, at[2]] = 0.0
-    exact[0, 3] = 0.0
-    output[0, at[4]], exact[0, 4] = 0.0, 0.0
-    output[0, at[5]] *= 3e38  # whose square overflows float32
-    lse[0, at[6]], lse[0, at[7]], exact_lse[0, 8] = torch.nan, -torch.inf, -torch.inf
-    lse[0, at[9]], exact_lse[0, 9] = -torch.inf, -torch.inf
-    found, wanted = both(Case(output, lse, exact, exact_lse, made.rows))
-    assert found.error.values[0].tolist() == [1, 1, 1, 1, 0, 1, 0, 0, 0, 0]
-    assert found.dropped.values[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 0]
-    assert_alike(found, wanted)
+    """NaN, infinity, rows that are or should be zero, and sums of nothing."""
+    q, k, v = prompts(h=1, g=1, m=10, n=10)
+    v[:, :, :2] = 0
+    rows = np.random.default_rng(0).permutation(10)[None]
+    at = {int(row): place for place, row in enumerate(rows[0])}
+    output, lse = normal(1, 10, 64), normal(1, 10)
+    exact, sums = (part.flatten(0, 1) for part in exact_rows(q, k, v, rows, 64**-0.5))
+    output[0, rows[0]], lse[0, rows[0]] = exact[0], sums[0]
+    output[0, 0] = 1e-30
+    for row, wrong in ((2, torch.nan), (3, torch.inf), (4, -3e38)):  # whose square overflows float32
+        output[0, row, 5] = wrong
+    output[0, 5] = 0.0
+    lse[0, 6], lse[0, 7], lse[0, 8] = torch.nan, -torch.inf, 1e30
+    found, wanted = measured(q, k, v, output, lse, rows)
+    assert [found[1, 0, at[row]] for row in range(10)] == [1, 0, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert [found[0, 0, at[row]] for row in range(10)] == [0, 0, 0, 0, 0, 0, 1, 1, 1, 0]
+    assert np.array_equal(found, wanted)
 
 
 def test_the_tolerance_is_not_exceeded_by_an_error_equal_to_it():
-    made = case(np.zeros((1, 1)), 1)
-    made.exact[0, 0] = 0.0
-    made.exact[0, 0, 0], made.output[0, 0] = 4.0, made.exact[0, 0]
-    made.output[0, 0, 0] = 5.0
-    assert both(made, tolerance=0.25)[0].exceeding.values.tolist() == [[0.0]]
-    assert both(made, tolerance=np.nextafter(0.25, 0))[0].exceeding.values.tolist() == [[1.0]]
+    q, k, v = prompts(h=1, g=1, m=1, n=1)
+    v[:] = 0
+    v[..., 0] = 4
+    output = v[0].clone()
+    output[..., 0] = 5
+    for tolerance, exceeds in ((0.25, 0.0), (np.nextafter(0.25, 0), 1.0)):
+        found, _ = measured(q, k, v, output, normal(1, 1), np.zeros((1, 1), np.int64), tolerance)
+        assert found[1:].ravel().tolist() == [0.25, exceeds]
 
 
 def prompts(B=1, h=4, g=2, m=300, n=300, d=64, dtype=torch.float16):

@@ -108,11 +108,12 @@ def test_pieces_cover_what_each_tile_sees_once(data, sources, many, before, heig
     plan = module.plan(rows, before, height, 32, wanted)
     assert (np.sort(plan.slots, axis=1) == np.arange(many)).all()
     assert np.array_equal(np.take_along_axis(rows, plan.slots, 1), plan.positions)
-    assert (np.diff(plan.positions, axis=1) >= 0).all() and plan.tiles == -(-many // height)
+    tiles = -(-many // height)
+    assert (np.diff(plan.positions, axis=1) >= 0).all() and len(plan.starts) == sources * tiles + 1
     assert plan.starts[0] == 0 and plan.starts[-1] == len(plan.pieces)
-    assert len(plan.pieces) <= max(wanted, 2 * sources * plan.tiles)
-    for tile in range(sources * plan.tiles):
-        source, inner = divmod(tile, plan.tiles)
+    assert len(plan.pieces) <= (wanted if 2 * sources * tiles <= wanted else wanted + sources * tiles)
+    for tile in range(sources * tiles):
+        source, inner = divmod(tile, tiles)
         own = plan.pieces[plan.starts[tile] : plan.starts[tile + 1]]
         last = plan.positions[source, inner * height : (inner + 1) * height].max()
         assert (own[:, 0] == tile).all()
