@@ -34,6 +34,7 @@ from benchmarks.ledger import Row
 from benchmarks.replays import launched, peak_bytes, replayed
 from gpu import listed
 from gpu.block_sampled import key_lists
+from gpu.exact_rows import exact_rows
 from hsr import checks
 
 DEVICE = decode_gpu_case.DEVICE
@@ -219,7 +220,7 @@ def sample(prompt: Prompt) -> Sample:
     h, n = prompt.q.shape[1:3]
     random = torch.Generator(HERE).manual_seed(SEED)
     chosen = torch.randint(n, (h, SAMPLE), device=HERE, generator=random)
-    output, lse = listed.rows(*prompt, chosen.int(), prompt.scale)
+    output, lse = exact_rows(*prompt, chosen.cpu().numpy(), prompt.scale)
     return Sample(chosen, output[0].float(), lse[0])
 
 
@@ -233,7 +234,7 @@ def gate(h: int, g: int, d: int) -> None:
     wanted = scores.masked_fill_(hidden, -torch.inf).softmax(2) @ v
     rows = torch.arange(n, device=HERE).expand(h, n)
     exact = Sample(rows, wanted.float(), scores.logsumexp(2).float())
-    found = {"exact rows": listed.rows(*prompt, rows.int().contiguous(), prompt.scale)}
+    found = {"exact rows": exact_rows(*prompt, rows.cpu().numpy(), prompt.scale)}
     for name, lists in (("lists of everything", everything(h, n)), ("density 1", drawn(prompt, 1.0, 8))):
         found[name] = listed.attend(*prompt, lists, prompt.scale)
     for name, (output, lse) in found.items():
