@@ -147,9 +147,10 @@ class HSRLayer(CacheLayerMixin):
             self.steps = None
         if not step:
             self._queries = q[:, :, -KNOWN:].clone()
-            if self._prompt_is_sparse(q, k, v, seen):
+            sparse = [self._prompt_is_sparse(q, k, v, left) for left in seen.lefts or (0,)]
+            if any(sparse):
                 _check(seen)
-                return self._prompted(q, k, v, seen, options["scaling"]).transpose(1, 2).contiguous()
+                return self._prompted(module, q, k, v, mask, seen, sparse, **options)
         return dense(module, q, k, v, mask, seen, **options)
 
     def _begins(self, q: torch.Tensor, seen: Seen, scale: float) -> bool:
@@ -199,25 +200,38 @@ class HSRLayer(CacheLayerMixin):
         """Tokens below which steps are dense."""
         return trial.LEAST if self._policies[2] is None else self._policies[2]
 
-    def _prompt_is_sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> bool:
+    def _prompt_is_sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int) -> bool:
+        """Whether a sequence with so much padding is, by its own length."""
         _, policy, dense_below, trials = self._policies
         if policy is None:
             return False
-        hidden = max(seen.lefts or (0,))
-        return trials.faster(policy, q, k, v, hidden) if dense_below is None else self._n >= dense_below
+        return trials.faster(policy, q, k, v, left) if dense_below is None else self._n - left >= dense_below
 
-    def _prompted(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float) -> torch.Tensor:
-        """(B, h, m, dv); rows of padding are zero."""
+    def _prompted(
+        self,
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        seen: Seen,
+        sparse: Sequence[bool],
+        **options: Any,
+    ) -> torch.Tensor:
+        """(B, m, h, dv): some sequences by the policy, whose rows of padding are zero, the others densely."""
         policy, (m, n) = self._policies[1], (q.shape[2], k.shape[2])
         if seen.lefts is None:
-            whole: torch.Tensor = prefill(q, k, v, policy=policy, scale=scale).output
-            return whole
-        output = q.new_zeros(*q.shape[:3], v.shape[3])
+            whole: torch.Tensor = prefill(q, k, v, policy=policy, scale=options["scaling"]).output
+            return whole.transpose(1, 2).contiguous()
+        assert mask is not None
+        output = q.new_zeros(len(q), m, q.shape[1], v.shape[3])
         for b, left in enumerate(seen.lefts):
-            row = max(left - (n - m), 0)
-            if row < m:
+            row, one = max(left - (n - m), 0), slice(b, b + 1)
+            if not sparse[b]:
+                output[one] = dense(module, q[one], k[one], v[one], mask[one], Seen((left,)), **options)
+            elif row < m:
                 rows = q[b, :, row:], k[b, :, left:], v[b, :, left:]
-                output[b, :, row:] = prefill(*rows, policy=policy, scale=scale).output
+                output[b, row:] = prefill(*rows, policy=policy, scale=options["scaling"]).output.transpose(0, 1)
         return output
 
     def advance(self, count: int) -> None:

@@ -128,10 +128,11 @@ class HSRCache(Cache):
         decode: policy of passes of one token, see `attention.DecodeSession`, or one for each layer; None is dense.
         prefill: policy of longer ones, see `attention.prefill`, or one for each layer; None is dense.
         dense_layers: layers that are always dense.
-        dense_below: tokens (of the longest sequence) below which attention is dense, to the bit as with "sdpa". "auto"
-            tries: a layer's steps, from 1,024 tokens on and again whenever they have doubled, are timed beside dense
-            ones until they are faster; prompts are by trials of one as long.  Outputs then depend on the clock: give a
-            number where they must be the same in every run, one from which the policies can serve.
+        dense_below: tokens below which attention is dense, to the bit as with "sdpa": prompts by the length of each
+            sequence, steps by the longest.  "auto" tries: a layer's steps, from 1,024 tokens on and again whenever they
+            have doubled, are timed beside dense ones until they are faster; prompts are by trials of about as many rows
+            over as many keys.  Outputs then depend on the clock: give a number where they must be the same in every
+            run, one from which the policies can serve.
 
     After a pass that is refused, `reset` the cache, or go on with a copy from before: some layers hold its tokens.
     Where a step is one launch, crops, reordered beams and prompts of more than 16 tokens make all codes anew.

@@ -1,4 +1,4 @@
-"""Whether sparse attention is faster than dense here: both are timed, on the very keys or on prompts as long."""
+"""Whether sparse attention is faster than dense here: both are timed, on the very keys or on prompts alike."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from attention.block_sampled import BlockSampled
+from attention.integrations.dense_rows import allowed, dense
+from attention.integrations.masks import Seen
 from attention.integrations.steps import Fused, Steps
 from attention.key_lists import least_density
 from attention.prefill import prefill
 
 LEAST = 1024  # tokens from which a layer's steps are tried, and again whenever they have doubled
-PROMPTS = (1024, 8192)  # lengths that prompts are tried at: powers of two between these
+PROMPT = 1024  # keys from which prompts are tried
+PAIRS = 1 << 26  # of rows and keys, in the largest trial of a prompt
 TAKES = 3
 REPEATS = 8  # calls of a graph
 
@@ -77,33 +80,43 @@ class PromptTrials:
     def faster(self, policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: int = 0) -> bool:
         """Whether a prompt like q (B, h, m, d) over k (B, g, n, d), v (B, g, n, dv) gains from the policy.
 
-        What the policy cannot serve does not: of the sequences, one has ``hidden`` tokens of padding.
+        What the policy cannot serve does not: of the sequence, the first ``hidden`` tokens are padding.
         """
         n = k.shape[2] - hidden
         m = min(q.shape[2], n)
-        sampled = isinstance(policy, BlockSampled)
-        if (
-            m < 1
-            or n < PROMPTS[0]
-            or (sampled and policy.density is not None and policy.density <= least_density(m, n))
-        ):
+        if m < 1 or n < PROMPT:
             return False
-        if sampled and q.device.type == "cuda":
-            return True  # it looks itself for what is faster
-        length = min(1 << (n.bit_length() - 1), PROMPTS[1])
+        shape = _tried(m, n)
+        if isinstance(policy, BlockSampled):
+            if policy.density is not None and policy.density <= max(least_density(m, n), least_density(*shape)):
+                return False
+            if q.device.type == "cuda":
+                return True  # it looks itself for what is faster
         alike = dataclasses.replace(policy, seed=0) if hasattr(policy, "seed") else policy
-        key = repr(alike), q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, length
+        key = repr(alike), q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, shape
         if key not in self._faster:
-            self._faster[key] = _faster(policy, q, k, v, length)
+            self._faster[key] = _faster(policy, q, k, v, *shape)
         return self._faster[key]
 
 
-def _faster(policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> bool:
+def _tried(m: int, n: int) -> tuple[int, int]:
+    """Powers of two near m rows of n keys, m at most n, and in about their proportion: at most PAIRS pairs."""
+    m, n = (1 << (count.bit_length() - 1) for count in (m, n))
+    while m * n > PAIRS:
+        m, n = max(m // 2, 1), n // 2
+    return m, n
+
+
+def _faster(policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: int, n: int) -> bool:
     generator = torch.Generator(q.device).manual_seed(0)
     prompt = [
-        torch.randn(part.shape[1], length, part.shape[3], generator=generator, dtype=q.dtype, device=q.device)
-        for part in (q, k, v)
+        torch.randn(part.shape[1], rows, part.shape[3], generator=generator, dtype=q.dtype, device=q.device)
+        for part, rows in ((q, m), (k, n), (v, n))
     ]
     queries, keys, values = (part[None] for part in prompt)
-    dense = partial(scaled_dot_product_attention, queries, keys, values, is_causal=True, enable_gqa=True)
-    return seconds(partial(prefill, *prompt, policy=policy), q.device) < seconds(dense, q.device)
+    layer: Any = torch.nn.Module()
+    layer.num_key_value_groups = q.shape[1] // k.shape[1]
+    mask = None if m == n else allowed(torch.arange(n - m, n, device=q.device), 0, n, Seen(), None)
+    scale = q.shape[3] ** -0.5
+    plain = partial(dense, layer, queries, keys, values, mask, Seen(), scaling=scale)
+    return seconds(partial(prefill, *prompt, policy=policy, scale=scale), q.device) < seconds(plain, q.device)
