@@ -39,11 +39,12 @@ def run(command: str, **options: Any) -> None:
         refuse(command, str(fault))
     except Exception as fault:
         from benchmarks.gate import WrongAnswer
+        from benchmarks.run import told
         from hsr.errors import HsrError
 
         if not isinstance(fault, HsrError | WrongAnswer):
             raise
-        refuse(command, str(fault), WRONG if isinstance(fault, WrongAnswer) else REFUSED)
+        refuse(command, told(fault), WRONG if isinstance(fault, WrongAnswer) else REFUSED)
     raise typer.Exit(status)
 
 

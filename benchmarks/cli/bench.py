@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html as markup
 import importlib
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from benchmarks import page
 from benchmarks import plots as drawing
 from benchmarks import run as cases
 from benchmarks.cli import terminal
+from benchmarks.ledger import Row
 from hsr.errors import ArgumentError, BackendUnavailable
 
 if TYPE_CHECKING:
@@ -37,24 +39,21 @@ def run(
         require_plots(name)
     case = cases.loaded(name)
     settings = cases.own_settings(f"hsr bench {name} --", case, more)
-    measured = cases.head(name, case, cases.command(["hsr", *sys.argv[1:]]), settings)
+    facts = cases.head(name, case, cases.command(["hsr", *sys.argv[1:]]), settings)
     start = time.perf_counter()
-    rows: list[dict[str, object]] = []
-    notes: list[str] = []
     with terminal.spinner() as bar:
         task = bar.add_task(name)
-        for row in case.rows(quick, notes.append, **settings):
-            rows.append(row)
+        count = itertools.count(1)
+
+        def show(row: Row) -> None:
             bar.console.print(cases.line(row), soft_wrap=True, markup=False)
-            bar.update(task, description=f"{name}: {len(rows)} rows")
-    measured |= {"notes": notes, "rows": rows}
+            bar.update(task, description=f"{name}: {next(count)} rows")
+
+        measured = cases.measured(case.rows, quick, settings, facts, json, show)
     seconds = time.perf_counter() - start
-    for line in (cases.table(rows), *notes):
+    for line in (cases.table(measured["rows"]), *measured["notes"]):
         console.print(line, soft_wrap=True, markup=False)
-    written = []
-    if json:
-        cases.dump(json, measured)
-        written.append(json)
+    written = [json] if json else []
     figures = drawing.figures(measured) if drawn else {}
     if json and plots is not False:
         written += drawing.saved(figures, json)

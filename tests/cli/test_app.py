@@ -8,6 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from benchmarks.cli import app as front
 from benchmarks.cli.app import app
 from benchmarks.cli.bench import first_line
 from benchmarks.cli.bench import report as written
+from benchmarks.gate import WrongAnswer
 from benchmarks.readme_table import README
 from benchmarks.run import CASES
 from proofs_checks.check import discover
@@ -209,6 +211,18 @@ def test_a_wrong_answer_is_a_failure_in_one_line(monkeypatch: pytest.MonkeyPatch
     assert (status, out) == (1, "")
     assert "misjudged the score of" in err
     assert err.count("\n") == 1
+
+
+def test_a_case_that_fails_midway_leaves_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def made(quick: bool, note: object) -> Iterator[dict[str, int]]:
+        yield {"n": 1}
+        raise WrongAnswer("bad")
+
+    monkeypatch.setattr(index_case, "rows", made)
+    status, out, err = invoked("bench", "index", "--json", str(tmp_path / "index.json"))
+    left = tmp_path / "index.json.partial"
+    assert (status, out) == (1, "") and err == f"n 1\nhsr bench: bad; the rows so far are in {left}\n"
+    assert json.loads(left.read_text())["rows"] == [{"n": 1}]
 
 
 def test_statements_and_verdicts_are_a_table() -> None:
