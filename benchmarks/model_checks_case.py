@@ -10,7 +10,7 @@ samples of `benchmarks.retrieval_tasks`, whose context is read densely, the exac
 those of dense ones.  ``perplexity``: of the essays, teacher-forced token by token through a cache after a short dense
 prefix, beside that of the same predictions in one dense pass.
 
-``share`` is what sparse steps read of the keys, ``steps`` how many there were; ``seconds`` is no claim of speed.
+``share`` is what of the keys sparse steps attend to, ``steps`` how many there were; ``seconds`` is no claim of speed.
 
 python -m benchmarks.run model-checks --tokens 2048    # of the perplexity, whose default takes a quarter of an hour
 """

@@ -21,7 +21,7 @@ class Steps(Protocol):
 
     Attributes:
         told: tokens that it knows of, padding included.
-        keys: keys that steps could have read, summed over steps, sequences and query heads.
+        keys: keys that steps could have attended to, summed over steps, sequences and query heads.
         steps: steps that are counted in it.
     """
 
@@ -39,7 +39,7 @@ class Steps(Protocol):
         """Attend to what is there; nothing is counted."""
 
     def reported(self) -> int:
-        """Keys that the counted steps read."""
+        """Keys that the counted steps attended to."""
 
     def certificate(self) -> Certificate | None:
         """Of the last step, arrays (B, h, 1); None where nothing is known."""

@@ -147,14 +147,14 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the text begins with; after --prompt-file's.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Text of a long prompt.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn, by the model's template.")] = False,
-    policy: Annotated[str, typer.Option(metavar="NAME", help="Which keys a step reads; see --list.")] = "sampled",
+    policy: Annotated[str, typer.Option(metavar="NAME", help="What a step attends to; see --list.")] = "sampled",
     eps: Annotated[str | None, typer.Option(metavar="X", help="Error that the policy may make.")] = None,
     budget: Annotated[str | None, typer.Option(metavar="N", help="Keys of a step.")] = None,
     r: Annotated[str | None, typer.Option("--r", metavar="N", help="Keys of topr and top-oracle.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any option of the policy; see --list.")
     ] = None,
-    prefill: Annotated[str, typer.Option(metavar="NAME", help="What the prompt's rows read; see --list.")] = "dense",
+    prefill: Annotated[str, typer.Option(metavar="NAME", help="What the prompt attends to; see --list.")] = "dense",
     prefill_settings: Annotated[
         list[str] | None, typer.Option("--prefill-set", metavar="NAME=VALUE", help="Any option of that one.")
     ] = None,
@@ -176,7 +176,7 @@ def generate(
     listed: Annotated[bool, typer.Option("--list", help="Only list the policies and their options.")] = False,
     html: Html = None,
 ) -> None:
-    """A language model writes; beside the text, what share of the keys it read and what is certain of its error."""
+    """A language model writes; beside the text, what share of the keys it attends to and what is sure of its error."""
     run(
         "generate",
         model=model,

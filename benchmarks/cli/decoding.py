@@ -1,4 +1,4 @@
-"""Token by token: what the model says, what share of the keys a step read, and what is known of its error."""
+"""Token by token: what the model says, what share of the keys a step attended to, and what is known of its error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Step:
     Attributes:
         token: its id.
         seconds: of the forward pass that chose it; the first token's is the prompt's.
-        keys, reported: keys that this pass could have read and did, over layers and heads; 0 where it was dense.
+        keys, reported: keys that this pass could have attended to and did, over layers and heads; 0 where it was dense.
         bound: None where it was dense.
     """
 

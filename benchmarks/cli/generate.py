@@ -1,4 +1,4 @@
-"""``hsr generate``: a language model writes while its attention reads a part of the keys, and says what it knows."""
+"""``hsr generate``: a language model writes, each step attending to a part of the keys, and says what it knows."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def report(
     sections = [
         ("Prompt", f"<p class='text'>{markup.escape(abridged(prompt))}</p>"),
         ("Text", f"<p class='text'>{markup.escape(answer)}</p>"),
-        ("Attention", page.table(("", ""), found) + image),
+        ("Attention", page.table(("", ""), found) + f"<p>{reading.LEGEND}</p>" + image),
         (page.MADE, page.made(provenance(shlex.join(["hsr", *sys.argv[1:]])), f"{seconds:.0f} s")),
     ]
     return page.page("Text by half-space reporting attention", lead, sections)

@@ -66,7 +66,7 @@ def test_a_policy_that_keeps_every_key_writes_what_transformers_does(folder: Pat
     assert rows["tokens"] == f"{TOKENS} of {TOKENS}"
     assert rows["prompt"] == f"{len(PROMPT)} tokens, attention dense"
     dense = arguments[1] == "dense"
-    assert rows["keys read"] == ("all: no step was sparse" if dense else f"100.0%, of {TOKENS - 1} sparse steps")
+    assert rows["keys attended to"] == ("all: no step was sparse" if dense else f"100.0%, of {TOKENS - 1} sparse steps")
     assert rows["certificate"].startswith("dense: nothing" if dense else "deterministic: holds for every input")
 
 
@@ -78,13 +78,14 @@ def test_what_was_read_is_counted_and_what_is_known_is_said(folder: Path, tmp_pa
     )  # fmt: skip
     visible = len(PROMPT) + TOKENS - 1
     heads = LAYERS * HEADS
-    assert rows["keys read, last step"].startswith(f"{10 * heads} of {visible * heads:,} ")
+    assert rows["of them, last step"].startswith(f"{10 * heads} of {visible * heads:,} ")
     assert rows["steps"] == "attention TopR(r=10)"
     assert rows["prompt"].endswith("attention BlockSampled(density=1.0)")
     assert 0 < float(rows["dropped mass, at most"]) < 1
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 1
-    assert "<td>attention TopR(r=10)</td>" in text
+    assert "<td>attention TopR(r=10)</td>" in text and f"<p>{reading.LEGEND}</p>" in text
+    assert "keys read" not in text
     assert PROMPT.strip() in text
 
 
@@ -105,9 +106,9 @@ def test_a_certificate_is_as_strong_as_its_policy(folder: Path) -> None:
     assert rows["dropped mass, at most"] == "made up for by the sample's weights"
     _, rows = generated(folder, "--policy", "quest", "--budget", "16", "--dense-layer", "1", "--dense-layer", "2")
     assert rows["certificate"] == "none: the policy claims nothing of its error"
-    assert rows["keys read, last step"] == f"{13 * HEADS} of {109 * HEADS} (11.9%)", "the newest page is not full"
+    assert rows["of them, last step"] == f"{13 * HEADS} of {109 * HEADS} (11.9%)", "the newest page is not full"
     _, rows = generated(folder, "--dense-below", "999")
-    assert rows["keys read"] == "all: no step was sparse"
+    assert rows["keys attended to"] == "all: no step was sparse"
 
 
 def test_draws_follow_the_seed_and_prompts_come_from_files(folder: Path, tmp_path: Path) -> None:
