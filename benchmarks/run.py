@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import page
 from benchmarks.gate import WrongAnswer
 from hsr.errors import ArgumentError, BackendUnavailable
 
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WrongAnswer as fault:
         print(f"{'stopped' if hasattr(fault, '__notes__') else 'nothing was timed'}: {told(fault)}", file=sys.stderr)
         return 1
-    except (ArgumentError, OSError) as fault:
+    except ArgumentError as fault:
         print(told(fault), file=sys.stderr)
         return 2
     print(table(found["rows"]))
@@ -113,15 +114,13 @@ def measured(
         show: called with each row as it comes.
 
     Raises:
-        ArgumentError: ``file`` is a folder.
-        OSError: nothing can be written there; before anything is measured.
+        ArgumentError: ``file`` cannot be written; before anything is measured.
     """
     found: dict[str, Any] = {**facts, "notes": [], "rows": []}
     partial = None if file is None else file.with_name(file.name + PARTIAL)
-    if file is not None and partial is not None:
-        if file.is_dir():
-            raise ArgumentError(f"--json must name a file; {file} is a folder")
-        dump(partial, found)
+    reason = None if file is None else page.unwritable("--json", file)
+    if reason:
+        raise ArgumentError(reason)
     try:
         for row in rows(quick, found["notes"].append, **settings):
             found["rows"].append(row)
@@ -131,12 +130,10 @@ def measured(
     except BaseException as fault:
         if found["rows"]:
             fault.add_note(f"the rows so far are in {partial}" if partial else f"{len(found['rows'])} rows came before")
-        elif partial is not None:
-            partial.unlink()
         raise
     if file is not None and partial is not None:
         dump(file, found)
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     return found
 
 

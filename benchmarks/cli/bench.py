@@ -33,7 +33,7 @@ def run(
     if name is None:
         console.print(listing())
         return 0
-    refuse(name, json, plots)
+    refuse(name, json, plots, html)
     drawn = name in drawing.FIGURES and bool(html or (json and plots is not False))
     if drawn:
         require_plots(name)
@@ -73,7 +73,7 @@ def require_plots(name: str) -> None:
         raise BackendUnavailable(f"figures need the package {missing.name}: pip install '.[plot]'") from missing
 
 
-def refuse(name: str, json: Path | None, plots: bool | None) -> None:
+def refuse(name: str, json: Path | None, plots: bool | None, html: Path | None) -> None:
     """ArgumentError for what could not be done, before anything is."""
     if name not in cases.CASES:
         raise ArgumentError(f"CASE must be one of {', '.join(cases.CASES)}; got {name!r}")
@@ -81,6 +81,10 @@ def refuse(name: str, json: Path | None, plots: bool | None) -> None:
         raise ArgumentError("--plots needs --json FILE, beside which figures are written")
     if plots and name not in drawing.FIGURES:
         raise ArgumentError(f"--plots needs a case that has figures: {', '.join(drawing.FIGURES)}; got {name!r}")
+    for option, path in (("--json", json), ("--html", html)):
+        reason = None if path is None else page.unwritable(option, path)
+        if reason:
+            raise ArgumentError(reason)
 
 
 def listing() -> Table:

@@ -103,7 +103,8 @@ def _ends(model: Any) -> set[int]:
 def _chosen(logits: torch.Tensor, temperature: float, draws: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=draws))
+    falls = (logits - logits.max()).double()  # so that nothing overflows near a temperature of 0
+    return int(torch.multinomial(torch.softmax(falls / temperature, 0), 1, generator=draws))
 
 
 def read(before: Reading, after: Reading) -> tuple[int, int]:

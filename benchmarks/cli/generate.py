@@ -57,6 +57,9 @@ def run(
         return 0
     if model is None:
         raise ArgumentError("MODEL must be given: smollm2, a folder, a name that transformers knows or a GGUF file")
+    reason = None if html is None else page.unwritable("--html", html)
+    if reason:
+        raise ArgumentError(reason)
     start = time.perf_counter()
     text = written(prompt, prompt_file)
     steps = policies.policy("decode", policy, given(options, settings, seed, policy))

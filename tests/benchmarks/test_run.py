@@ -252,7 +252,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "file").touch()
     monkeypatch.setattr(index_case, "rows", case_of(1, Stopped("it was measured")))
     assert run.main(["index", "--json", str(tmp_path / name)]) == 2
-    assert str(tmp_path / name.partition("/")[0]) in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"--json must name a file; {tmp_path / name}")
 
 
 def test_a_fault_before_the_first_row_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -173,6 +173,17 @@ def test_a_cases_own_options_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoked("bench", "index", "--", "--token", "512")[0] == 2
 
 
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_case(
+    option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(index_case, "rows", lambda *call: pytest.fail("the work was begun"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "below"):
+        status, out, err = invoked("bench", "index", option, str(path))
+        assert (status, out) == (2, "") and err.startswith(f"hsr bench: {option} must name a file"), err
+
+
 def test_figures_that_could_not_be_drawn_are_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -204,7 +204,9 @@ def test_options_become_what_the_dataclass_says() -> None:
         (["--dense-below", "-1"], "--dense-below must be a number of tokens or auto; got '-1'"),
         (["--dense-layer", "7"], "dense_layers must be in 0..2; got 7"),
         (["--dtype", "int8"], "--dtype must be auto, float32, bfloat16, float16; got 'int8'"),
-        (["--device", "nowhere"], "--device must be a device that torch knows; got 'nowhere'"),
+        (["--device", "nowhere"], "--device must be cpu or cuda, with a number where there are more; got 'nowhere'"),
+        (["--device", "meta"], "--device must be cpu or cuda, with a number where there are more; got 'meta'"),
+        (["--device", "mps"], "--device must be cpu or cuda, with a number where there are more; got 'mps'"),
         (["--tokens", "999"], f"must fit the model's context of {CONTEXT}; they are {len(PROMPT) + 999:,}"),
         (["--prompt-file", "no such file"], "--prompt-file must be a text file that can be read"),
         (["--chat"], "this one has none"),
@@ -216,6 +218,24 @@ def test_what_cannot_be_done_is_refused_in_a_line(folder: Path, arguments: list[
     assert err.startswith("hsr generate: ")
     assert reason in err
     assert err.count("\n") == 1
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "tokenizer", lambda *call: pytest.fail("the work was begun"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "page.html"):
+        status, out, err = invoked("generate", str(folder), PROMPT, "--html", str(path))
+        assert (status, out) == (2, "") and err.startswith("hsr generate: --html must name a file")
+
+
+@pytest.mark.parametrize("temperature", ["5e-324", "1e-40", "1e300", "inf"])
+def test_any_temperature_gives_a_text(folder: Path, temperature: str) -> None:
+    """Near 0 it is the likeliest; no logits overflow."""
+    text, _ = generated(folder, "--policy", "dense", "--temperature", temperature)
+    if float(temperature) < 1:
+        assert text == plain(folder, PROMPT).splitlines()
 
 
 def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +252,7 @@ def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path, monkey
     assert "a file that exists where it ends with .gguf" in reason("none.gguf", "hi")
     for model in ("smollm2", "X.gguf"):
         assert f"--gguf needs a MODEL that is a folder or repository; got {model}" in reason(model, "hi", "--gguf", "y")
-    assert "could not be loaded" in reason(tmp_path, "hi")
+    said = reason(tmp_path, "hi")
+    assert "could not be loaded" in said and not said.rstrip().endswith(":") and len(said) < 500
     monkeypatch.setattr(language_model.smollm, "MODEL_PACKAGE", "no_such_package")
     assert "make .venv/.demo" in reason("smollm2", "hi")
