@@ -60,6 +60,11 @@ class Draws:
     least: float | None = None
     listing: bool = False
 
+    def certain(self, n: int) -> int:
+        """How many of n keys are attended to without a draw, see `gpu.codes.span`."""
+        start = min(n, self.sinks)
+        return n - max(max(n - self.recent, 0) // BLOCK * BLOCK, start) + start
+
 
 class SampledCache:
     """Keys and values of one layer with their codes, and the buffers of a decode step.
@@ -74,6 +79,10 @@ class SampledCache:
         queries: (B, h, m, d) like those to come, which the codes are then made for; None where none are known.
         coded: planes fitted before, for B * g heads; None fits them here.
         tuning: shapes of the launches.
+
+    Attributes:
+        dense_below: tokens below which a step of one launch (`single`) attends to every key, without drawing; 0 at
+            first. `drawn` is then left as it was.
 
     Raises:
         ArgumentError: shapes, dtypes or settings that the kernels have no form for.
@@ -159,6 +168,7 @@ class SampledCache:
         self._device = held.keys.device
         self.lengths = _lengths(sizes, self.groups, self._device)
         self.status = torch.zeros(len(self.lengths), 4, dtype=torch.int32, device=self._device)  # see `gpu.gather`
+        self.dense_below = 0
         self._queries = queries
         self._code(sizes, coded)
 
@@ -218,6 +228,11 @@ class SampledCache:
     def single(self) -> bool:
         """Whether a step is one launch."""
         return self._step is not None
+
+    @property
+    def faster_below(self) -> int:
+        """The ``dense_below`` with which steps are fastest; 0 where they take four launches."""
+        return 0 if self._step is None else self._step.dense_below
 
     @property
     def _cache(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

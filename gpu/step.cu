@@ -52,6 +52,7 @@ struct Arguments {
   i64 *drawn;                        // (heads, cap), where LISTING: as `gpu.scan` lists them
   i64 q_b, q_h, k_b, k_h, k_n, k_p, v_b, v_h, v_n, v_p, a_b, a_h, b_b, b_h, o_b, o_h;
   int room, groups, sinks, recent, least, crowd, cap, padded, most;
+  int dense_below;                   // with fewer tokens every key is attended to, and nothing drawn
   float scale;
 };
 
@@ -140,6 +141,27 @@ struct Head {
   }
 };
 
+// Up to eight keys and values in a warp's registers; a lane has key lane / 4 and values 2 (lane % 4) + {0, 1} in part.
+struct Eight {
+  uint4 k[D / 32], v[2][D / 64];
+
+  // Those of tokens id(0) .. id(size - 1); the others are zero.
+  template <class Id>
+  __device__ __forceinline__ void ask(const Head &head, int size, Id id) {
+    const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+    const u16 *row = head.key(id(r < size ? r : 0)) + 8 * c;
+    #pragma unroll
+    for (int j = 0; j < D / 32; j++) k[j] = r < size ? *(const uint4 *)(row + 32 * j) : make_uint4(0, 0, 0, 0);
+    #pragma unroll
+    for (int t = 0; t < 2; t++) {
+      bool ok = 2 * c + t < size;
+      row = head.value(id(ok ? 2 * c + t : 0)) + 8 * r;
+      #pragma unroll
+      for (int j = 0; j < D / 64; j++) v[t][j] = ok ? *(const uint4 *)(row + 64 * j) : make_uint4(0, 0, 0, 0);
+    }
+  }
+};
+
 // A warp's sums over the keys it attended to.
 struct Sums {
   float top, total;        // of head lane / 4: largest logit, and this lane's share of the weights relative to it
@@ -149,31 +171,21 @@ struct Sums {
     for (int i = 0; i < D / 16; i++) for (int j = 0; j < 4; j++) vectors[i][j] = 0.f;
   }
 
-  // Attend to keys id[0 .. size), size at most 8, whose chances' base-2 logarithms stand beside them.
-  __device__ __forceinline__ void attend(const Head &head, const uint4 (&q)[D / 32][32], const int *id, const float *chance, int size) {
-    const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-    uint4 k[D / 32], v[2][D / 64];
-    const u16 *row = head.key(id[r < size ? r : 0]) + 8 * c;
-    #pragma unroll
-    for (int j = 0; j < D / 32; j++) k[j] = r < size ? *(const uint4 *)(row + 32 * j) : make_uint4(0, 0, 0, 0);
-    #pragma unroll
-    for (int t = 0; t < 2; t++) {
-      bool ok = 2 * c + t < size;
-      row = head.value(id[ok ? 2 * c + t : 0]) + 8 * r;
-      #pragma unroll
-      for (int j = 0; j < D / 64; j++) v[t][j] = ok ? *(const uint4 *)(row + 64 * j) : make_uint4(0, 0, 0, 0);
-    }
+  // Attend to the first `size` of eight keys, whose chances' base-2 logarithms are chance(0) .. chance(size - 1).
+  template <class Chance>
+  __device__ __forceinline__ void attend(float scale, const uint4 (&q)[D / 32][32], const Eight &rows, int size, Chance chance) {
+    const int lane = threadIdx.x % 32, c = lane % 4;
     float s[2][4] = {};  // two chains of products, half as long
     #pragma unroll
     for (int j = 0; j < D / 32; j++) {
       const uint4 own = q[j][lane];
-      dot16(s[0], own.x, 0, own.y, 0, k[j].x, k[j].y);
-      dot16(s[1], own.z, 0, own.w, 0, k[j].z, k[j].w);
+      dot16(s[0], own.x, 0, own.y, 0, rows.k[j].x, rows.k[j].y);
+      dot16(s[1], own.z, 0, own.w, 0, rows.k[j].z, rows.k[j].w);
     }
     float p[2], high = top;
     #pragma unroll
     for (int j = 0; j < 2; j++) {
-      p[j] = 2 * c + j < size ? (s[0][j] + s[1][j]) * (head.a.scale * LOG2E) - chance[2 * c + j] : -INF;
+      p[j] = 2 * c + j < size ? (s[0][j] + s[1][j]) * (scale * LOG2E) - chance(2 * c + j) : -INF;
       high = fmaxf(high, p[j]);
     }
     high = largest(high, 1, 4);
@@ -187,9 +199,24 @@ struct Sums {
     for (int i = 0; i < D / 16; i++) {
       u32 w[2];
       #pragma unroll
-      for (int t = 0; t < 2; t++) w[t] = i % 4 == 0 ? v[t][i / 4].x : i % 4 == 1 ? v[t][i / 4].y : i % 4 == 2 ? v[t][i / 4].z : v[t][i / 4].w;
+      for (int t = 0; t < 2; t++) w[t] = i % 4 == 0 ? rows.v[t][i / 4].x : i % 4 == 1 ? rows.v[t][i / 4].y : i % 4 == 2 ? rows.v[t][i / 4].z : rows.v[t][i / 4].w;
       vectors[i][0] *= first, vectors[i][2] *= first, vectors[i][1] *= second, vectors[i][3] *= second;
       dot_half(vectors[i], __byte_perm(w[0], w[1], 0x5410), __byte_perm(w[0], w[1], 0x7632), b);
+    }
+  }
+
+  // Attend to keys 8 worker .. 8 worker + 7 of n, and to those 8 workers further, and so on.  The queries come into
+  // shared memory while the first keys are on their way; the next eight always are while some are attended to.
+  __device__ __forceinline__ void attend_all(const Head &head, const uint4 (&q)[D / 32][32], int n, int worker, int workers) {
+    Eight rows, ahead;
+    int first = EIGHT * worker;
+    auto ask = [&](Eight &eight, int from) { eight.ask(head, min(max(n - from, 0), EIGHT), [&](int i) { return min(from + i, n - 1); }); };
+    ask(rows, first);
+    __syncthreads();
+    for (; first < n; first += EIGHT * workers) {
+      ask(ahead, first + EIGHT * workers);
+      attend(head.a.scale, q, rows, min(n - first, EIGHT), [](int) { return 0.f; });
+      rows = ahead;
     }
   }
 };
@@ -202,12 +229,12 @@ __device__ __forceinline__ float mills(float x) {  // as `gpu.prepare._mills`
 }
 
 // Queries into code space and their thresholds; as `gpu.prepare._thresholds`.  What does not change from step to step
-// is read by the constructor, before the launch has to wait for the one before it.
+// can be loaded before the launch has to wait for the one before it.
 struct Thresholds {
   static constexpr int ITEMS = (SLICES * AXES + THREADS - 1) / THREADS, LONG = (D + SLICES - 1) / SLICES, EACH = (AXES + 31) / 32;
   float map[ITEMS][LONG], lift[ITEMS], means[EACH], spreads[EACH];
 
-  __device__ __forceinline__ Thresholds(const Arguments &a, int head) {
+  __device__ __forceinline__ void load(const Arguments &a, int head) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float *rows = a.query_map + (i64)head * (D + 1) * AXES;
     #pragma unroll
@@ -565,7 +592,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
 
   // Maps do not depend on the launch before this one: they are asked for while it ends.  Codes do not either, but asked
   // for so early they would stand in the queries' way.
-  const Thresholds maps(a, index);
+  Thresholds maps;
+  if (a.dense_below == 0) maps.load(a, index);
   const u8 *codes = a.codes + (i64)index * a.room * ROW;
   const int stride = splits * WARPS, mine = split * WARPS + warp;
   u8 (*ring)[BLOCK * ROW] = s.ring[warp];
@@ -585,14 +613,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
   if (warp < D / 32) s.rows[warp][lane] = r < G ? *(const uint4 *)(query + r * a.q_h + 32 * warp + 8 * c) : make_uint4(0, 0, 0, 0);
   const int before = a.lengths[index], n = GROW ? min(before + 1, a.room) : before;
   const bool grown = GROW && before < a.room;
+  const bool dense = n < a.dense_below;
+  const int pieces = dense ? min(max((n + EIGHT * WARPS - 1) / (EIGHT * WARPS), 1), splits) : splits;  // programs that have keys
   const int start = min(n, a.sinks), stop = max(max(n - a.recent, 0) / BLOCK * BLOCK, start);
   Head head{a, a.k + batch * a.k_b * (PAGE ? 0 : 1) + inner * a.k_h, a.v + batch * a.v_b * (PAGE ? 0 : 1) + inner * a.v_h, batch, inner, grown ? before : -1};
   if (thread < 8) s.found[thread] = 0.f;
   if (thread == 0) s.count = 0;
-  maps.set(a, s, index, query, stop - start, [&] {
-    #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) fetch(mine + i * stride, i, a.room / BLOCK);
-  });
+  if (!dense) {
+    if (a.dense_below > 0) maps.load(a, index);
+    maps.set(a, s, index, query, stop - start, [&] {
+      #pragma unroll
+      for (int i = 0; i < STAGES - 1; i++) fetch(mine + i * stride, i, a.room / BLOCK);
+    });
+  }
 
   const u32 seed = mixed((u32)a.seeds[index] ^ mixed((REDRAW ? (u32)n : 0u) + 0x7F4A7C15u));
   int *id = s.id[warp];
@@ -601,53 +634,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
   bool starved = false;
 
   for (;;) {  // once; a second time where the head drew too few: its last program then attends to every key
-    const Queries queries(s, starved);
-    const int worker = starved ? warp : mine, workers = starved ? WARPS : stride;
-    const int blocks = stop > start ? stop / BLOCK : 0, certain = n - stop + start;
-    float alone[2] = {};  // keys that this lane's two heads alone would draw
-    int listed = 0, drawn = 0, stage = 0, sure = worker, block = worker;
     Sums sums;
-    for (;;) {
-      while (listed < EIGHT && block < blocks) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-        __syncwarp();
-        fetch(block + (STAGES - 1) * workers, stage == 0 ? STAGES - 1 : stage - 1, blocks);  // what the last round read
-        Block keys;
-        keys.score(ring[stage], queries);
-        keys.chances(block * BLOCK, start, stop);
-        if (!SYSTEMATIC || (uniform(seed, block) + __reduce_add_sync(~0u, (u32)(keys.pi[0] + keys.pi[1]))) >> UNIT != 0) {
-          int many = keys.draw(seed, block, id + listed, chance + listed, alone);
-          if (LISTING && !starved) {
-            __syncwarp();
-            int at = many && lane == 0 ? atomicAdd(a.counts + index * LINE + 2, many) : 0;
-            at = __shfl_sync(~0u, at, 0);
-            for (int i = lane; i < many; i += 32)
-              if (at + i < a.cap) a.drawn[(i64)index * a.cap + at + i] = (i64)rintf(exp2f(chance[listed + i] + UNIT)) << 32 | id[listed + i];
+    if (dense) {
+      sums.attend_all(head, s.rows, n, mine, stride);
+    } else {
+      const Queries queries(s, starved);
+      const int worker = starved ? warp : mine, workers = starved ? WARPS : stride;
+      const int blocks = stop > start ? stop / BLOCK : 0, certain = n - stop + start;
+      float alone[2] = {};  // keys that this lane's two heads alone would draw
+      int listed = 0, drawn = 0, stage = 0, sure = worker, block = worker;
+      for (;;) {
+        while (listed < EIGHT && block < blocks) {
+          asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+          __syncwarp();
+          fetch(block + (STAGES - 1) * workers, stage == 0 ? STAGES - 1 : stage - 1, blocks);  // what the last round read
+          Block keys;
+          keys.score(ring[stage], queries);
+          keys.chances(block * BLOCK, start, stop);
+          if (!SYSTEMATIC || (uniform(seed, block) + __reduce_add_sync(~0u, (u32)(keys.pi[0] + keys.pi[1]))) >> UNIT != 0) {
+            int many = keys.draw(seed, block, id + listed, chance + listed, alone);
+            if (LISTING && !starved) {
+              __syncwarp();
+              int at = many && lane == 0 ? atomicAdd(a.counts + index * LINE + 2, many) : 0;
+              at = __shfl_sync(~0u, at, 0);
+              for (int i = lane; i < many; i += 32)
+                if (at + i < a.cap) a.drawn[(i64)index * a.cap + at + i] = (i64)rintf(exp2f(chance[listed + i] + UNIT)) << 32 | id[listed + i];
+            }
+            listed += many, drawn += many;
           }
-          listed += many, drawn += many;
+          stage = stage + 1 == STAGES ? 0 : stage + 1;
+          block += workers;
         }
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        block += workers;
+        for (; listed < EIGHT && sure < certain; sure += workers, listed++)
+          if (lane == 0) id[listed] = sure < start ? sure : sure + stop - start, chance[listed] = 0.f;
+        if (listed == 0) break;
+        __syncwarp();
+        const int size = min(listed, EIGHT);
+        listed -= size;
+        Eight rows;
+        rows.ask(head, size, [&](int i) { return id[listed + i]; });
+        sums.attend(a.scale, s.rows, rows, size, [&](int i) { return chance[listed + i]; });
+        __syncwarp();
       }
-      for (; listed < EIGHT && sure < certain; sure += workers, listed++)
-        if (lane == 0) id[listed] = sure < start ? sure : sure + stop - start, chance[listed] = 0.f;
-      if (listed == 0) break;
-      __syncwarp();
-      const int size = min(listed, EIGHT);
-      listed -= size;
-      sums.attend(head, s.rows, id + listed, chance + listed, size);
-      __syncwarp();
+      #pragma unroll
+      for (int g = 0; g < 2; g++) {
+        alone[g] = summed(alone[g], KEYS == 2 ? 2 : 4, 32);
+        if (!starved && r == 0 && c < 4 / KEYS) atomicAdd(&s.found[heads() + g], alone[g]);
+      }
+      if (!starved && lane == 0 && drawn > 0) atomicAdd(&s.count, drawn);
     }
-    #pragma unroll
-    for (int g = 0; g < 2; g++) {
-      alone[g] = summed(alone[g], KEYS == 2 ? 2 : 4, 32);
-      if (!starved && r == 0 && c < 4 / KEYS) atomicAdd(&s.found[heads() + g], alone[g]);
-    }
-    if (!starved && lane == 0 && drawn > 0) atomicAdd(&s.count, drawn);
     __syncthreads();
     float *parts = a.parts + (i64)index * splits * G * D, *ends = a.sums + (i64)index * splits * 2 * G;
     u16 *output = a.output + batch * a.o_b + inner * G * a.o_h;
-    gathered(s, sums, parts + (starved ? 0 : split) * G * D, ends + (starved ? 0 : split) * 2 * G);
+    if (split < pieces) gathered(s, sums, parts + (starved ? 0 : split) * G * D, ends + (starved ? 0 : split) * 2 * G);
     if (starved) {
       __syncthreads();
       merged(a, s, index, parts, ends, 1, 0, output, count);
@@ -664,7 +703,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
     __syncthreads();
     if (!s.last) break;
     if (thread < G) found = __ldcg(a.found + index * LINE + 8 + thread);
-    if (merged(a, s, index, parts, ends, splits, min(a.least, (stop - start) / 4), output, count)) break;
+    if (merged(a, s, index, parts, ends, pieces, dense ? 0 : min(a.least, (stop - start) / 4), output, count)) break;
     starved = true;
     asm volatile("cp.async.wait_all;" ::: "memory");  // the first pass asked for blocks that it may not have come to
     __syncwarp();
@@ -678,12 +717,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
   }
   if (!s.last) return;
 
-  if (thread < G) {
+  if (thread < G && !dense) {
     a.trim[index * a.padded + thread] = s.trim[thread], a.rho[index * a.padded + thread] = s.rho[thread];
     a.found[index * LINE + thread] = found, a.found[index * LINE + 8 + thread] = 0;
   }
   if (thread == 0) {
-    a.counts[index * LINE] = count, a.counts[index * LINE + 1] = a.counts[index * LINE + 2] = 0, a.tickets[index] = 0;
+    a.counts[index * LINE] = dense ? stop - start : count, a.counts[index * LINE + 1] = a.counts[index * LINE + 2] = 0, a.tickets[index] = 0;
     int *status = a.status + index * COLUMNS;
     if (count > a.crowd) status[0]++;
     if (starved) status[2]++;

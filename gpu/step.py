@@ -19,10 +19,11 @@ POINTERS = (
     "counts found status tickets seeds trim rho budget parts sums lse drawn"
 ).split()
 STRIDES = "q_b q_h k_b k_h k_n k_p v_b v_h v_n v_p a_b a_h b_b b_h o_b o_h".split()
-COUNTS = "room groups sinks recent least crowd cap padded most".split()
+COUNTS = "room groups sinks recent least crowd cap padded most dense_below".split()
 LONG = 1 << 18  # tokens from which more warps of a program pay
 MOST = 64  # programs of a head
 RING = 150_000  # bytes of shared memory for codes
+ROUNDS = 4  # of eight keys a warp: up to so many, all keys are attended to sooner than some are chosen, on an H200
 
 
 class Arguments(ctypes.Structure):
@@ -69,6 +70,11 @@ class Step:
             for grow in (0, 1)
         ]
 
+    @property
+    def dense_below(self) -> int:
+        """Tokens below which attending to every key is the faster step."""
+        return 8 * ROUNDS * self._warps * self._splits
+
     @staticmethod
     def serves(cache: SampledCache) -> bool:
         """Whether this launch has a form for the cache, on this device."""
@@ -96,7 +102,7 @@ class Step:
         )  # fmt: skip
         counts = (
             held.room, cache.groups, draws.sinks, draws.recent, cache.floor, cache.crowd, cache.cap, cache.padded,
-            held.most,
+            held.most, cache.dense_below,
         )  # fmt: skip
         arguments = Arguments(
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors), *strides, *counts, cache.scale

@@ -19,8 +19,10 @@ class CapturedSteps:
         steps = CapturedSteps(model, cache)
         logits = steps(token)
 
-    Every layer must be served by one launch a step, as ``decode=Sampled(budget=...)`` with ``dense_below=0`` is on a
-    GPU once a token was decoded: that one compiles what the graph holds.  Batches have no padding.
+    Every layer must be served by one launch a step, as ``decode=Sampled(budget=...)`` is on a GPU; the token decoded
+    before compiles what the graph holds.  With fewer tokens than the cache's ``dense_below`` that launch attends to
+    every key, exactly but not to the bit like "sdpa"; "auto" is up to where this is the faster.  Batches have no
+    padding.
 
     Args:
         model: a causal language model on a GPU, its attn_implementation "hsr".
@@ -29,7 +31,7 @@ class CapturedSteps:
             captures the graph anew.
 
     Raises:
-        ArgumentError: a layer that is dense, has a sliding window or another policy; room for too few tokens.
+        ArgumentError: a layer without a policy, or with another one, or a sliding window; room for too few tokens.
     """
 
     def __init__(self, model: Any, cache: HSRCache, room: int | None = None) -> None:
@@ -52,9 +54,9 @@ class CapturedSteps:
         self._expected = self._cache.get_seq_length()
         self._held = self._memory()
 
-    def _memory(self) -> list[tuple[Fused, int]]:
-        """What the layers' launches write to, and its room: a graph is of no other."""
-        return [(steps, steps.cache.room) for steps in self._cache.fused()]
+    def _memory(self) -> list[tuple[Fused, int, bool]]:
+        """What the launches write to, its room, and whether they attend to every key: a graph is of no other."""
+        return [(steps, steps.cache.room, steps.dense) for steps in self._cache.fused()]
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """The logits (B, vocabulary) that follow token (B, 1) int64; the next call overwrites them.

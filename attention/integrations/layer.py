@@ -49,6 +49,7 @@ class HSRLayer(CacheLayerMixin):
         self._retry = 0  # tokens from which steps are tried again
         self._seen = Seen()  # the padding that steps know of
         self._queries: torch.Tensor | None = None
+        self._asked: tuple[int, float, Seen] | None = None  # query heads, scale and padding of the last pass
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Note dtype, device and batch."""
@@ -134,6 +135,7 @@ class HSRLayer(CacheLayerMixin):
         """
         _once(q, self._unattended)
         self._unattended = 0
+        self._asked = q.shape[1], options["scaling"], seen
         step = q.shape[2] <= ROWS and q.shape[2] < self._n
         if self.steps is not None and seen != self._seen:
             self._take_back()
@@ -168,7 +170,7 @@ class HSRLayer(CacheLayerMixin):
         before = k[:, :, :first], v[:, :, :first]
         steps: Steps
         if fuses(policy, k, seen):
-            steps = Fused(policy, *before, q.shape[1], scale, self._queries)
+            steps = Fused(policy, *before, q.shape[1], scale, self._queries, dense_below)
         else:
             steps = Sessions(policy, *before, seen, scale, self._queries)
         if dense_below is None and not trial.steps_faster(steps, q, k, v):
@@ -179,6 +181,17 @@ class HSRLayer(CacheLayerMixin):
             self._pending, self._held = (k[:, :, first:].clone(), v[:, :, first:].clone()), None
         self.steps = steps
         return True
+
+    def fused(self) -> Fused | None:
+        """What serves steps by one launch each, made now where they were dense; None where it cannot."""
+        k, v = self.keys, self.values
+        if self.steps is None and k is not None and v is not None and self._asked and not self._unattended:
+            policy, _, dense_below, _ = self._policies
+            heads, scale, seen = self._asked
+            if fuses(policy, k, seen):
+                self.steps = Fused(policy, k, v, heads, scale, self._queries, dense_below)
+                self._seen, self._held = seen, None
+        return self.steps if isinstance(self.steps, Fused) else None
 
     def _stepped(self, q: torch.Tensor) -> torch.Tensor:
         steps, first = self.steps, self._n - q.shape[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from attention.policies import Policy
 from attention.result import Certificate
 from attention.sampled import Sampled
 from attention.session import DecodeSession
+from hsr.errors import ArgumentError
 
 
 class Steps(Protocol):
@@ -142,10 +143,29 @@ class Fused:
     """`Sampled` with a budget on a GPU: a step is one launch, which also takes in the token, and can be captured.
 
     The cache holds the layer's keys and values; its sums count the last step alone, and it claims nothing of its error.
+
+    Args:
+        policy: has a budget.
+        k: (B, g, n, d) float16 or bfloat16.
+        v: likewise.
+        heads: h.
+        scale: of the scores.
+        queries: (B, h, m, d), the prompt's last rows, or None.
+        dense_below: tokens below which the launch attends to every key; None is below which that is faster.
+
+    Raises:
+        ArgumentError: a dense_below that this GPU's launches cannot have.
     """
 
     def __init__(
-        self, policy: Sampled, k: torch.Tensor, v: torch.Tensor, heads: int, scale: float, queries: Any
+        self,
+        policy: Sampled,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        scale: float,
+        queries: Any,
+        dense_below: int | None,
     ) -> None:
         from gpu.sampled import Draws, SampledCache
 
@@ -157,6 +177,9 @@ class Fused:
         self.cache = SampledCache(k, v, heads, draws, scale, queries=queries)
         self.told = k.shape[2]
         self.steps = 0
+        self._dense_below = self.cache.faster_below if dense_below is None else dense_below
+        if self.dense and not self.cache.single:
+            raise ArgumentError(f"dense_below must be 0 where a step takes several launches; got {dense_below}")
 
     @property
     def keys(self) -> int:
@@ -172,20 +195,31 @@ class Fused:
         if self.told == self.cache.room:
             self.cache.reserve(2 * self.told)
         self.told += 1
-        output = torch.empty_like(q, memory_format=torch.contiguous_format)
-        self.cache.step(q[:, :, 0], k[:, :, 0], v[:, :, 0], output[:, :, 0])
         self.steps = 1
-        return output
+        return self._launch(self.cache.step, q, k, v)
 
     def attend(self, q: torch.Tensor) -> torch.Tensor:
         """See `Steps`."""
+        return self._launch(self.cache.attend, q)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the next step will attend to every key."""
+        return self.told + 1 < self._dense_below
+
+    def _launch(self, call: Callable[..., None], q: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+        """A step of q and rows (B, heads, 1, d).  One that is to draw knows no limit, and so begins sooner."""
+        self.cache.dense_below = self._dense_below if self.told < self._dense_below else 0
         output = torch.empty_like(q, memory_format=torch.contiguous_format)
-        self.cache.attend(q[:, :, 0], output[:, :, 0])
+        call(*(part[:, :, 0] for part in (q, *rows, output)))
         return output
 
     def reported(self) -> int:
         """See `Steps`."""
-        return int(self.cache.counts[:, 0].sum()) * self.cache.per if self.steps else 0
+        if not self.steps:
+            return 0
+        drawn, heads = int(self.cache.counts[:, 0].sum()), len(self.cache.counts)
+        return (drawn + heads * self.cache.draws.certain(self.told)) * self.cache.per
 
     def certificate(self) -> Certificate | None:
         """See `Steps`."""

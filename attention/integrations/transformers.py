@@ -229,12 +229,18 @@ class HSRCache(Cache):
         return min(steps.cache.room for steps in every)
 
     def fused(self) -> list[Fused]:
-        """What serves the layers where a step is one launch in each; ArgumentError where it is not."""
+        """What serves the layers by a launch a step each, dense ones too; ArgumentError where none can.
+
+        From then on steps below ``dense_below`` attend to every key in that launch, not to the bit like sdpa.
+        """
         found = []
         for number, layer in enumerate(self.layers):
-            if not isinstance(layer, HSRLayer) or not isinstance(layer.steps, Fused):
-                raise ArgumentError(f"decode must be Sampled(budget=...) on a GPU, and begun; layer {number} has not")
-            found.append(layer.steps)
+            fused = layer.fused() if isinstance(layer, HSRLayer) else None
+            if fused is None:
+                raise ArgumentError(
+                    f"decode must be Sampled(budget=...) on a GPU, without padding, and begun; layer {number} has not"
+                )
+            found.append(fused)
         return found
 
     def advance(self, count: int) -> None:

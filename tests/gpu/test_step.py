@@ -14,7 +14,7 @@ from gpu import planes  # noqa: E402
 from gpu.launches import Tuning  # noqa: E402
 from gpu.sampled import Draws, SampledCache  # noqa: E402
 from gpu.step import Step, settings, shared_bytes  # noqa: E402
-from tests.gpu.test_sampled import ALL, assert_exact, assert_unbiased, attend, exact, inputs  # noqa: E402
+from tests.gpu.test_sampled import ALL, assert_exact, assert_unbiased, attend, exact, inputs, poisoned  # noqa: E402
 
 GPU = pytest.mark.gpu
 FOUR = Tuning(single=False)
@@ -79,6 +79,45 @@ def test_a_budget_beyond_all_keys_is_exact_attention(B, g, G, d, n, row, systema
         assert_exact(output[b : b + 1], cache.lse[b : b + 1], wanted, dtype)
         inside = (length - 64) // 64 * 64 - 4
         assert (cache.counts[b * g : (b + 1) * g, 0] == max(inside, 0)).all()
+
+
+@GPU
+@pytest.mark.parametrize(
+    ("B", "g", "G", "d", "n", "row"),
+    [
+        (2, 2, 4, 128, 1029, 32),
+        (1, 3, 3, 64, 5000, 24),
+        (1, 1, 8, 256, 130, 64),
+        (2, 1, 1, 64, 7, 24),
+        (1, 8, 4, 128, 1, 32),
+    ],
+)
+def test_short_contexts_are_dense_and_grow_into_sparse_ones(B, g, G, d, n, row):
+    """Steps with a token each, across dense_below; lengths that differ; what draws move stays until they begin."""
+    k, v, q = inputs(B, g, G, n + 6, d, torch.bfloat16)
+    lengths = np.maximum(n - 3 * np.arange(B), 1)
+    cache = SampledCache(k[:, :, :n], v[:, :, :n], g * G, Draws(8.0, row), d**-0.5, room=n + 6, lengths=lengths)
+    assert cache.single
+    cache.dense_below = n + 4
+    before = cache.trim.clone(), cache.rho.clone()
+    for step in range(1, 6):
+        keys, values = (torch.stack([part[b, :, lengths[b] + step - 1] for b in range(B)]) for part in (k, v))
+        output = torch.full_like(q, torch.nan)
+        poisoned(cache)
+        cache.step(q, keys, values, output)
+        for b, seen in enumerate((lengths + step).tolist()):
+            assert cache.lengths.view(B, g)[b].tolist() == [seen] * g
+            if seen < cache.dense_below:
+                wanted = exact(q[b : b + 1], k[b : b + 1, :, :seen], v[b : b + 1, :, :seen])
+                assert_exact(output[b : b + 1], cache.lse[b : b + 1], wanted, torch.bfloat16)
+                assert (cache.counts[b * g : (b + 1) * g, 0] == seen - cache.draws.certain(seen)).all()
+        if step == 1:
+            assert all((now == then).all() for now, then in zip((cache.trim, cache.rho), before, strict=True))
+    assert output.isfinite().all() and (cache.status == 0).all()
+    assert cache.faster_below >= 8
+    cache.dense_below = n + 99
+    wanted = exact(q[:1], k[:1, :, : lengths[0] + 5], v[:1, :, : lengths[0] + 5])
+    assert_exact(attend(cache, q)[:1], cache.lse[:1], wanted, torch.bfloat16)  # the same tokens, none of them new
 
 
 @GPU
@@ -147,13 +186,14 @@ def test_thresholds_settle_and_a_starved_head_reads_every_key():
 
 
 @GPU
-def test_steps_grow_the_cache_its_codes_and_refuse_when_it_is_full():
+@pytest.mark.parametrize("dense_below", [0, 620, 10**6])
+def test_steps_grow_the_cache_its_codes_and_refuse_when_it_is_full(dense_below):
     k, v, q = inputs(2, 2, 4, 700, 128, torch.bfloat16, seed=4)
     whole = SampledCache(k, v, 8, Draws(64.0), 128**-0.5)
     cache = SampledCache(
         k[:, :, :500], v[:, :, :500], 8, Draws(64.0), 128**-0.5, room=640, lengths=[500, 400], coded=whole.planes
     )
-    cache._maps = whole._maps
+    cache._maps, cache.dense_below = whole._maps, dense_below
     output = torch.empty_like(q)
     for t in range(500, 700):
         cache.step(q, k[:, :, t].contiguous(), v[:, :, t].contiguous(), output)
@@ -216,6 +256,6 @@ def test_what_it_has_no_form_for_goes_to_the_four_launches():
     k, v, q = inputs(1, 1, 16, 500, 64)
     cache = SampledCache(k, v, 16, Draws(ALL), 0.125)
     assert not Step.serves(cache)
-    assert not cache.single
+    assert not cache.single and cache.faster_below == 0
     assert_exact(attend(cache, q), cache.lse, exact(q, k, v), torch.float16)
     assert dataclasses.replace(cache.tuning, single=False) == FOUR

@@ -130,6 +130,25 @@ def test_captured_steps_are_the_eager_ones(model: Any, batch: int) -> None:
     assert cache.report().keys == 500 * 4 * batch * 2 and cache.report().share < 0.9
 
 
+@pytest.mark.parametrize("dense_below", [401, 10**6, "auto"])
+def test_captured_steps_of_dense_layers_attend_to_every_key(model: Any, dense_below: int | str) -> None:
+    """Up to dense_below, from where on a few are drawn; all of it replays, and room for 20 tokens more."""
+    ids, last = tokens(2, 460), 400 if dense_below == 401 else 460
+    wanted = dense(model, ids, [380, *[1] * 80])
+    cache = HSRCache(model.config, decode=Sampled(budget=16, seed=2), dense_below=dense_below)
+    passes(model, cache, ids, [380, 1])
+    assert [layer.steps for layer in cache.layers] == [None, None]
+    steps = CapturedSteps(model, cache, 400)
+    found = torch.stack([steps(ids[:, t : t + 1]).float().clone() for t in range(381, 460)], 1)
+    near(found[:, : last - 381], wanted[:, 381:last])
+    assert isinstance(cache.layers[0].steps, Fused) and cache.get_seq_length() == 460
+    report = cache.report()
+    assert report.keys == 460 * 4 * 2 * 2 and (report.share == 1) == (last == 460)
+    if last == 400:
+        assert float((found[:, 19:] - wanted[:, 400:]).norm() / wanted[:, 400:].norm()) > 0.02
+    near(passes(model, cache, ids[:, :1], [1])[:, 0], steps(ids[:, :1]).float(), 10.0)  # eager steps go on as well
+
+
 def test_captured_steps_follow_a_cache_that_was_used_otherwise(model: Any) -> None:
     """An eager pass, a crop and a reset in between: places and memory are the cache's, not the graph's."""
     ids = tokens(1, 420)
@@ -178,5 +197,5 @@ def test_trials_time_graphs(model: Any) -> None:
     assert (one.steps is None) == (one._retry == 3002)
     big = torch.randn(1, 2, 1 << 17, 64, device="cuda", dtype=torch.bfloat16)
     q = torch.randn(1, 4, 1, 64, device="cuda", dtype=torch.bfloat16)
-    steps = Fused(Sampled(budget=64), big, big, 4, 0.125, None)
+    steps = Fused(Sampled(budget=64), big, big, 4, 0.125, None, 0)
     assert trial.captured_seconds(lambda: steps.attend(q)) < 1e-3
