@@ -281,6 +281,10 @@ class HSRLayer(CacheLayerMixin):
             raise ArgumentError(f"tokens_to_remove must be within {-self._n}..0; got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        if isinstance(self.steps, Fused) and self._pending is None and kept >= self._least:
+            if self.steps.forget(-tokens_to_remove):
+                self._n = kept
+                return
         self._take_back()
         for held in self._held or ():
             held.keep(kept)

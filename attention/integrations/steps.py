@@ -175,7 +175,7 @@ class Fused:
             policy.draw == "systematic",
         )  # fmt: skip
         self.cache = SampledCache(k, v, heads, draws, scale, queries=queries)
-        self.told = k.shape[2]
+        self.told = self._fitted = k.shape[2]
         self.steps = 0
         self._dense_below = self.cache.faster_below if dense_below is None else dense_below
         if self.dense and not self.cache.single:
@@ -201,6 +201,15 @@ class Fused:
     def attend(self, q: torch.Tensor) -> torch.Tensor:
         """See `Steps`."""
         return self._launch(self.cache.attend, q)
+
+    def forget(self, count: int) -> bool:
+        """Drop the newest tokens; whether it could: not where most of those that codes were fitted to would be gone."""
+        if 2 * (self.told - count) < self._fitted:
+            return False
+        self.cache.shorten(count)
+        self.told -= count
+        self.steps = 0
+        return True
 
     @property
     def dense(self) -> bool:

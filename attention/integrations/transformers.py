@@ -135,7 +135,8 @@ class HSRCache(Cache):
             run, one from which the policies can serve.
 
     After a pass that is refused, `reset` the cache, or go on with a copy from before: some layers hold its tokens.
-    Where a step is one launch, crops, reordered beams and prompts of more than 16 tokens make all codes anew.
+    Where a step is one launch, reordered beams, prompts of more than 16 tokens and crops of most tokens make all codes
+    anew.
 
     Raises:
         ArgumentError: a model without "hsr" attention, with layers of another kind than full or sliding-window
@@ -201,7 +202,8 @@ class HSRCache(Cache):
     def report(self) -> Reading:
         """What sparse steps attended to since they were last made; on a GPU it waits for them.
 
-        They are made anew after a crop, a copy, another padding or a long prompt, and where a GPU reorders beams.
+        They are made anew after a copy, another padding, a long prompt or a crop that they cannot follow, and where a
+        GPU reorders beams.
         """
         served = [layer.steps if isinstance(layer, HSRLayer) else None for layer in self.layers]
         running = [steps for steps in served if steps is not None]
