@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -151,6 +152,8 @@ class HSRCache(Cache):
         dense_layers: Collection[int] = (),
         dense_below: int | str = "auto",
     ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ArgumentError(f"config must be a model's config; got {type(config).__name__}")
         self._config = config.get_text_config(decoder=True)
         self._check_attention()
         if getattr(self._config, "attn_logit_softcapping", None) is not None:
@@ -167,6 +170,8 @@ class HSRCache(Cache):
             for policy in policies:
                 if policy is not None:
                     fits(name, policy)
+        if not isinstance(dense_layers, Collection):
+            raise ArgumentError(f"dense_layers must be a collection of layers; got {dense_layers!r}")
         always = {checks.whole("dense_layers", layer, 0, len(kinds) - 1) for layer in dense_layers}
         trials = PromptTrials()
         layers: list[Any] = []
@@ -190,9 +195,14 @@ class HSRCache(Cache):
         """As `Cache.update`.
 
         Raises:
-            ArgumentError: the model's attention was changed to another than "hsr", or a pass was refused half-way.
+            ArgumentError: the model's attention was changed to another than "hsr", a pass was refused half-way, or the
+                model has more layers than its config said.
         """
         self._check_attention()
+        if layer_idx >= len(self.layers):
+            raise ArgumentError(
+                f"config must be the model's own: it has {len(self.layers)} layers; got rows of layer {layer_idx}"
+            )
         if layer_idx:
             before, held = (self.get_seq_length(number) for number in (layer_idx - 1, layer_idx))
             if before != held + key_states.shape[2]:
@@ -261,7 +271,7 @@ class HSRCache(Cache):
 
 def _each(name: str, policies: Any, layers: int) -> list[Any]:
     """One policy for every layer."""
-    if not isinstance(policies, Sequence):
+    if not isinstance(policies, Sequence) or isinstance(policies, str):
         return [policies] * layers
     if len(policies) != layers:
         raise ArgumentError(f"{name} must be a policy, or one for each of {layers} layers; got {len(policies)}")
@@ -270,7 +280,10 @@ def _each(name: str, policies: Any, layers: int) -> list[Any]:
 
 def _decodes(name: str, policy: Any) -> None:
     """ArgumentError unless the policy chooses keys row by row."""
-    Plan(Softmax(), policy, None)
+    try:
+        Plan(Softmax(), policy, None)
+    except ArgumentError as fault:
+        raise ArgumentError(f"{name}: {fault}") from fault
 
 
 def _prefills(name: str, policy: Any) -> None:
