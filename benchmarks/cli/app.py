@@ -33,6 +33,10 @@ def run(command: str, **options: Any) -> None:
         if (missing.name or "").partition(".")[0] in ("hsr", "attention", "gpu", "proofs_checks", "benchmarks"):
             raise
         refuse(command, f"needs the package {missing.name}: pip install '.[demo]'")
+    except KeyboardInterrupt as stop:
+        for note in getattr(stop, "__notes__", ()):
+            tell(command, note)
+        raise
     except BrokenPipeError:  # who reads our output has read enough
         raise
     except OSError as fault:
@@ -50,9 +54,13 @@ def run(command: str, **options: Any) -> None:
 
 def refuse(command: str, reason: str, status: int = REFUSED) -> None:
     """End with one line on stderr and that status."""
-    line = " ".join(reason.split())
-    terminal.aside().print(f"hsr {command}: {line}", markup=False, soft_wrap=True)
+    tell(command, reason)
     raise typer.Exit(status)
+
+
+def tell(command: str, what: str) -> None:
+    """Say something in one line on stderr."""
+    terminal.aside().print(f"hsr {command}: {' '.join(what.split())}", markup=False, soft_wrap=True)
 
 
 def show_version(asked: bool) -> None:

@@ -236,6 +236,17 @@ def test_a_case_that_fails_midway_leaves_its_rows(monkeypatch: pytest.MonkeyPatc
     assert json.loads(left.read_text())["rows"] == [{"n": 1}]
 
 
+def test_who_stops_a_case_is_told_where_its_rows_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def made(quick: bool, note: object) -> Iterator[dict[str, int]]:
+        yield {"n": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_case, "rows", made)
+    status, _, err = invoked("bench", "index", "--json", str(tmp_path / "index.json"))
+    left = tmp_path / "index.json.partial"
+    assert status == 130 and f"hsr bench: the rows so far are in {left}\n" in err
+
+
 def test_statements_and_verdicts_are_a_table() -> None:
     status, out, _ = invoked("check", NAME, "--examples", "5", "--constants")
     assert status == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,7 @@ def test_the_live_view_shows_the_end_of_the_text_and_vanishes(folder: Path, monk
     steps = [Step(33 + i, 0.5, 100 * (i > 0), 7, Bound("deterministic", 1.0, 0.01, (0.1, math.inf))) for i in range(4)]
     reader = transformers.AutoTokenizer.from_pretrained(folder)
     setting = reading.Setting("tiny", "TopR()", "dense", 9, 4)
-    assert generate.shown(setting, reader, steps[:1], iter(steps[1:])) == "ABCD"
+    assert generate.shown(setting, reader, steps[:1], iter(steps[1:])) == ("ABCD", True)
     seen = screen.getvalue()
     for part in ("ABCD", "7.0%, of 3 sparse steps", "0.1, worst unbounded", "500"):
         assert part in seen
@@ -159,6 +161,36 @@ def test_the_live_view_shows_the_end_of_the_text_and_vanishes(folder: Path, monk
     lines = narrow.export_text().splitlines()
     assert len(lines) <= 30
     assert any("last" in line for line in lines)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_who_stops_the_text_keeps_it(folder: Path, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopping() -> Iterator[Step]:
+        yield Step(34, 0.5, 0, 0, None)
+        raise KeyboardInterrupt
+
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=seen, width=110, height=20, color_system=None)
+    monkeypatch.setattr(terminal, "results", lambda: console)
+    reader = transformers.AutoTokenizer.from_pretrained(folder)
+    setting, made = reading.Setting("tiny", "TopR()", "dense", 9, 4), [Step(33, 0.5, 0, 0, None)]
+    assert generate.shown(setting, reader, made, stopping()) == ("AB", False)
+    assert screen.getvalue().rstrip().endswith("AB") and len(made) == 2
+
+
+def test_a_text_that_is_stopped_ends_with_its_figures_and_page(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = decoding.steps
+
+    def stopping(*call: Any) -> Iterator[Step]:
+        yield from itertools.islice(steps(*call), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoding, "steps", stopping)
+    page = tmp_path / "page.html"
+    status, out, _ = invoked("generate", str(folder), PROMPT, "--policy", "topr", "--html", str(page))
+    assert status == 130 and "3 of 64" in out and "3 tokens" in page.read_text()
 
 
 def test_a_reading_of_the_last_step_alone_is_not_subtracted() -> None:
