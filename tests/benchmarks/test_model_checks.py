@@ -89,7 +89,7 @@ def test_sequences_that_part_are_told(model: Any, monkeypatch: pytest.MonkeyPatc
     assert rows[2]["check"] == "bits" and rows[2]["measured"] == 0 and not rows[2]["holds"]
     monkeypatch.setattr(case, "SAME", {"refused": {"decode": BlockSampled(density=0.5)}})
     assert generated(model, notes) == [] and notes[0].startswith(
-        "generation without BlockSampled(density=0.5): policy must"
+        "generation without BlockSampled(density=0.5): decode: policy must"
     )
 
 
