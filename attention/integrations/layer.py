@@ -237,6 +237,8 @@ class HSRLayer(CacheLayerMixin):
             whole: torch.Tensor = prefill(q, k, v, policy=policy, scale=options["scaling"]).output
             return whole.transpose(1, 2).contiguous()
         assert mask is not None
+        if sum(sparse) > 1 and trial.crossed(policy):
+            raise ArgumentError(f"prefill must share nothing between layers in a batch with padding; got {policy!r}")
         output = q.new_zeros(len(q), m, q.shape[1], v.shape[3])
         for b, left in enumerate(seen.lefts):
             row, one = max(left - (n - m), 0), slice(b, b + 1)

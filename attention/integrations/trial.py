@@ -16,7 +16,9 @@ from attention.integrations.dense_rows import allowed, dense
 from attention.integrations.masks import Seen
 from attention.integrations.steps import Fused, Steps
 from attention.key_lists import least_density
+from attention.list_tail import ListTail
 from attention.prefill import prefill
+from attention.selectors.share_prefill import PivotalPatterns, SharePrefill
 
 LEAST = 1024  # tokens from which a layer's steps are tried, and again whenever they have doubled
 PROMPT = 1024  # keys from which prompts are tried
@@ -107,6 +109,19 @@ def _tried(m: int, n: int) -> tuple[int, int]:
     return m, n
 
 
+def _alone(policy: Any) -> Any:
+    """The policy for a prompt of its own: what the caller's layers leave to each other stays theirs."""
+    if isinstance(policy, ListTail):
+        return dataclasses.replace(policy, selector=_alone(policy.selector))
+    return policy.at(policy.layer, PivotalPatterns()) if isinstance(policy, SharePrefill) else policy
+
+
+def crossed(policy: Any) -> bool:
+    """Whether it goes on from what other layers left of the same prompt."""
+    inner = policy.selector if isinstance(policy, ListTail) else policy
+    return isinstance(inner, SharePrefill) and inner.patterns.crossed(inner.layer)
+
+
 def _faster(policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: int, n: int) -> bool:
     generator = torch.Generator(q.device).manual_seed(0)
     prompt = [
@@ -119,4 +134,5 @@ def _faster(policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: i
     mask = None if m == n else allowed(torch.arange(n - m, n, device=q.device), 0, n, Seen(), None)
     scale = q.shape[3] ** -0.5
     plain = partial(dense, layer, queries, keys, values, mask, Seen(), scaling=scale)
-    return seconds(partial(prefill, *prompt, policy=policy, scale=scale), q.device) < seconds(plain, q.device)
+    sparse = partial(prefill, *prompt, policy=_alone(policy), scale=scale)
+    return seconds(sparse, q.device) < seconds(plain, q.device)

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
 from attention import BlockSampled, Dense, TopR
+from attention.head_clusters import HeadClusters
 from attention.integrations import dense_rows, layer, masks, trial
 from attention.integrations.transformers import NAME, HSRCache
 from attention.key_lists import least_density
+from attention.selectors.share_prefill import PivotalPatterns, SharePrefill
+from attention.with_tail import WithTail
 from tests.small_models import FAMILIES, model_of, passes, prompts
 
 POLICY = BlockSampled(density=0.5)
@@ -111,6 +114,35 @@ def test_a_density_that_the_trial_could_not_be_run_at_is_dense() -> None:
     policy = BlockSampled(density=0.15)
     assert least_density(2040, 2040) < 0.15 < least_density(1024, 1024)
     assert not trial.PromptTrials().faster(policy, rows, rows, rows)
+
+
+def shared(tail: bool) -> list[Any]:
+    """A policy for each layer, whose heads share their blocks across layers; and what they share through."""
+    clusters, patterns = HeadClusters(((0, 0, 1, 1),) * 3), PivotalPatterns()
+    made = [SharePrefill(clusters, min_budget=128).at(number, patterns) for number in range(3)]
+    return [WithTail(one, sampled=16) for one in made] if tail else made
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_trials_leave_what_layers_share_alone(tail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of(FAMILIES["llama"]), prompts(ROWS)["input_ids"][:1]
+    model.set_attn_implementation(NAME)
+    monkeypatch.setattr(trial, "PROMPT", 256)
+    monkeypatch.setattr(trial, "seconds", lambda call, device: (call(), 1.0 if "policy" in call.keywords else 2.0)[1])
+    wanted = passes(model, HSRCache(model.config, prefill=shared(tail), dense_below=0), ids, [ROWS])
+    assert torch.equal(passes(model, HSRCache(model.config, prefill=shared(tail)), ids, [ROWS]), wanted)
+
+
+def test_layers_that_share_serve_no_padded_batch() -> None:
+    """Its sequences are prompts of their own, and would be taken for one."""
+    model, inputs = model_of(FAMILIES["llama"]), prompts(300, 20)
+    ids, kept = (torch.cat([rows, rows[1:]]) for rows in inputs.values())
+    model.set_attn_implementation(NAME)
+    with pytest.raises(layer.ArgumentError, match="prefill must share nothing between layers in a batch with padding"):
+        passes(model, HSRCache(model.config, prefill=shared(False), dense_below=0), ids, [300], attention_mask=kept)
+    alone = [SharePrefill(HeadClusters(((0, 0, 1, 1),) * 3), layer=number, min_budget=128) for number in range(3)]
+    found = passes(model, HSRCache(model.config, prefill=alone, dense_below=0), ids, [300], attention_mask=kept)
+    assert torch.equal(found[1, 20:], found[2, 20:])
 
 
 @pytest.mark.parametrize("windowed", [False, True])
