@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from attention.held_rows import HeldRows
 from attention.integrations import trial
 from attention.integrations.dense_rows import dense
-from attention.integrations.masks import Seen, note
+from attention.integrations.masks import Seen
+from attention.integrations.passes import no_gradient, noted_rows, once
 from attention.integrations.steps import Fused, Sessions, Steps, fuses
 from attention.prefill import prefill
 from hsr.errors import ArgumentError
@@ -133,7 +134,7 @@ class HSRLayer(CacheLayerMixin):
         Raises:
             ArgumentError: not one row for each token of the last update, or a second call for them.
         """
-        _once(q, self._unattended)
+        once(q, self._unattended)
         self._unattended = 0
         self._asked = q.shape[1], options["scaling"], seen
         step = q.shape[2] <= ROWS and q.shape[2] < self._n
@@ -342,56 +343,9 @@ class HSRLayer(CacheLayerMixin):
         return layer
 
 
-class WindowLayer(DynamicSlidingWindowLayer):
-    """A layer with sliding-window attention: transformers' cache of it, served densely."""
-
-    @torch.compiler.disable
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As its base; the keys are noted with the layer."""
-        no_gradient(key_states, value_states)
-        k, v = super().update(key_states, value_states)
-        self._rows = noted_rows(k.view_as(k), v.view_as(v), self)
-        self._unattended = key_states.shape[2]
-        return self._rows
-
-    def reset(self) -> None:
-        """Forget everything; transformers 5.17 kept zeros in its place."""
-        self.keys = self.values = None
-        self.is_initialized, self.cumulative_length = False, 0
-
-    def attend(
-        self, module: torch.nn.Module, q: torch.Tensor, mask: torch.Tensor | None, seen: Seen, **options: Any
-    ) -> torch.Tensor:
-        """As `HSRLayer.attend`."""
-        _once(q, self._unattended)
-        self._unattended = 0
-        k, v = self._rows
-        del self._rows
-        return dense(module, q, k, v, mask, seen, self.sliding_window, **options)
-
-
 def _check(seen: Seen) -> None:
     """ArgumentError where a mask says what no policy can be told."""
     if not seen.plain:
         raise ArgumentError(
             "attention_mask must be of left padding, (B, n), where attention is sparse; got one that hides other keys"
         )
-
-
-def _once(q: torch.Tensor, rows: int) -> None:
-    """ArgumentError unless q has a row for each token of the last update; 0 after it was attended to."""
-    if q.shape[2] != rows:
-        raise ArgumentError(f"query must have {rows} rows, one a new token; got {q.shape[2]}")
-
-
-def no_gradient(*parts: torch.Tensor) -> None:
-    """ArgumentError where one of them needs a gradient, which attention over a cache does not give."""
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        raise ArgumentError('"hsr" attention must need no gradient: call the model within torch.no_grad()')
-
-
-def noted_rows(k: torch.Tensor, v: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an update returns: views, so that only these very objects carry the note."""
-    return note(k, layer), note(v, layer)

@@ -24,9 +24,11 @@ from transformers.modeling_utils import AttentionInterface
 
 from attention.engine import Plan, is_policy, is_stepwise
 from attention.integrations import masks
-from attention.integrations.layer import HSRLayer, WindowLayer, no_gradient
+from attention.integrations.layer import HSRLayer
+from attention.integrations.passes import no_gradient
 from attention.integrations.steps import Fused
 from attention.integrations.trial import PromptTrials
+from attention.integrations.window_layer import WindowLayer
 from attention.policies import Policy
 from attention.result import Certificate
 from attention.sampled import Sampled

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from attention import BlockSampled, Dense, ReLUPower, TopR
-from attention.integrations import layer, masks, trial
+from attention.integrations import layer, masks, trial, window_layer
 from attention.integrations.transformers import NAME, HSRCache, attention
 from attention.selectors import Quest
 from hsr.errors import ArgumentError
@@ -225,7 +225,7 @@ def test_dtypes_that_autocast_mixes_are_refused_where_policies_serve() -> None:
 
 
 def test_windows_take_one_row_a_token() -> None:
-    one, rows = layer.WindowLayer(8), torch.randn(1, 2, 5, 8)
+    one, rows = window_layer.WindowLayer(8), torch.randn(1, 2, 5, 8)
     one.update(rows, rows)
     with pytest.raises(ArgumentError, match="query must have 5 rows"):
         one.attend(torch.nn.Module(), rows[:, :, 1:], None, masks.Seen(), scaling=1.0)
