@@ -57,7 +57,7 @@ def claims(rows: Sequence[Row]) -> list[str]:
                     f"{method} loses less than 1 % {where} with {least['reported']:.0f} keys a row "
                     f"({COLUMNS['setting'](least['setting'])}): {_losses(least)}; {_beside(tops, least['reported'])}"
                 )
-            else:
+            elif any(row["method"] == method for row in rows):
                 said.append(f"{method} loses more {where}.")
     return said
 

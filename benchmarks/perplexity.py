@@ -106,6 +106,41 @@ class PolicyStage(DenseStage):
         return found.output.to(q)
 
 
+class StepStage(DenseStage):
+    """`attention.Sampled` with a budget by the GPU's decode steps, row after row, each over the keys that it sees.
+
+    Keys and values are rounded to float16 where the model has float32.
+    """
+
+    def __init__(self, policy: Sampled) -> None:
+        super().__init__()
+        self._policy = policy
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """See `benchmarks.smollm.Stage`."""
+        from gpu.sampled import Draws, SampledCache
+
+        policy, (h, n) = self._policy, q.shape[:2]
+        assert policy.budget is not None
+        queries, keys, values = (
+            part[None].to(torch.float16 if q.dtype == torch.float32 else q.dtype) for part in (q, k, v)
+        )
+        draws = Draws(
+            policy.budget, policy.bytes_per_key, policy.sinks, policy.recent, layer, policy.redraw,
+            policy.draw == "systematic",
+        )  # fmt: skip
+        cache = SampledCache(keys, values, h, draws, scale, queries=queries)
+        rows = queries.transpose(1, 2).contiguous()[0, :, None]  # (n, 1, h, d)
+        output, drawn = torch.empty_like(rows), torch.zeros_like(cache.counts[:, 0], dtype=torch.int64)
+        for i in range(n):
+            cache.lengths.fill_(i + 1)
+            cache.attend(rows[i], output[i])
+            drawn += cache.counts[:, 0]
+        certain = sum(draws.certain(i + 1) for i in range(n))
+        self.reported.append((float(drawn.double().mean()) + certain) / n)
+        return output[:, 0].transpose(0, 1).to(q.dtype)
+
+
 @torch.no_grad()
 def read(model: Any, tokens: Sequence[int], stage: Stage, beside: torch.Tensor | None = None) -> Read:
     """One pass of a model that `benchmarks.smollm.hook` has prepared; ``beside`` are another reading's states."""

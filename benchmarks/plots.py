@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def figures(measured: Mapping[str, Any]) -> dict[str, Figure]:
     """The figures of a case of FIGURES by name, each with a line that says where it was measured."""
-    where = f"{measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}"
+    device = "" if measured["device"] == "cpu" else f"{measured['device']}; "
+    where = f"{device}{measured['cpu']}, {measured['threads']} threads, commit {measured['commit'][:10]}"
     drawn: dict[str, Figure] = importlib.import_module(FIGURES[measured["case"]]).figures(measured["rows"])
     for figure in drawn.values():
         figure.text(0.005, 0.005, where, ha="left", va="bottom", fontsize=7, color="0.4")
