@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -90,10 +91,11 @@ class PromptTrials:
             return False
         shape = _tried(m, n)
         if isinstance(policy, BlockSampled):
-            if policy.density is not None and policy.density <= max(least_density(m, n), least_density(*shape)):
+            density = math.inf if policy.density is None else policy.density
+            if density <= least_density(m, n) or q.device.type == "cuda":
+                return density > least_density(m, n)  # a GPU's launches look themselves for what is faster
+            if density <= least_density(*shape):
                 return False
-            if q.device.type == "cuda":
-                return True  # it looks itself for what is faster
         alike = dataclasses.replace(policy, seed=0) if hasattr(policy, "seed") else policy
         key = repr(alike), q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, shape
         if key not in self._faster:
@@ -103,7 +105,7 @@ class PromptTrials:
 
 def _tried(m: int, n: int) -> tuple[int, int]:
     """Powers of two near m rows of n keys, m at most n, and in about their proportion: at most PAIRS pairs."""
-    m, n = (1 << (count.bit_length() - 1) for count in (m, n))
+    m, n = (1 << round(math.log2(count)) for count in (m, n))
     while m * n > PAIRS:
         m, n = max(m // 2, 1), n // 2
     return m, n
