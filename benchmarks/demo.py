@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import page
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -126,6 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if line:
         print(line, file=sys.stderr)
         return 1
+    for option, path in (("--out", options.out), ("--json", options.json)):
+        reason = None if path is None else page.unwritable(option, path, folder=option == "--out")
+        if reason:
+            print(reason, file=sys.stderr)
+            return 2
     from rich.console import Console  # not before `missing` had its say; nor is anything that needs torch
 
     console = Console()

@@ -10,7 +10,7 @@ samples of `benchmarks.retrieval_tasks`, whose context is read densely, the exac
 those of dense ones.  ``perplexity``: of the essays, teacher-forced token by token through a cache after a short dense
 prefix, beside that of the same predictions in one dense pass.
 
-``share`` is what sparse steps read of the keys, ``steps`` how many there were; ``seconds`` is no claim of speed.
+``share`` is what of the keys sparse steps attend to, ``steps`` how many there were; ``seconds`` is no claim of speed.
 
 python -m benchmarks.run model-checks --tokens 2048    # of the perplexity, whose default takes a quarter of an hour
 """
@@ -34,10 +34,9 @@ from benchmarks.leaderboard_roster import REFUSALS, Entry
 from benchmarks.ledger import Row
 from benchmarks.retrieval_case import Reader
 from benchmarks.retrieval_tasks import sample
+from hsr import checks
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.cuda.get_device_name() if CUDA else "cpu"
-HERE = "cuda" if CUDA else "cpu"
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, QUICK_TOKENS = 8192, 320  # of the perplexity
 PROMPTS, QUICK_PROMPTS = 20, 6
 SAMPLES, QUICK_SAMPLES = 10, 1
@@ -86,6 +85,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
 
 
+def where(device: str, **others: Any) -> str:
+    """The device that is measured."""
+    return smollm.device_name(device)
+
+
 def rows(
     quick: bool,
     note: Callable[[str], None],
@@ -96,16 +100,19 @@ def rows(
     dtype: str = "float32",
 ) -> Iterator[Row]:
     """A row per check and cache, the perplexity last."""
-    tokens = tokens or (QUICK_TOKENS if quick else TOKENS)
+    default = (QUICK_TOKENS, QUICK_PROMPTS, QUICK_SAMPLES) if quick else (TOKENS, PROMPTS, SAMPLES)
+    given = zip((tokens, prompts, samples), default, strict=True)
+    tokens, prompts, samples = (usual if one is None else one for one, usual in given)
+    for name, value, least in (("tokens", tokens, PREFIX + 2), ("prompts", prompts, 1), ("samples", samples, 1)):
+        checks.whole(name, value, least)
     passkey = QUICK_PASSKEY if quick else PASSKEY
     model, tokenizer = smollm.load_model(max(tokens, passkey), device, getattr(torch, dtype))
     reader = Reader(model, tokenizer)
-    name = smollm.model_name()
-    note(f"{name}, {dtype}, RoPE for {reader.context} tokens")
-    sizes = np.linspace(SHORTEST, LONGEST, prompts or (QUICK_PROMPTS if quick else PROMPTS)).astype(int).tolist()
+    note(f"{smollm.model_name()}, {dtype}, RoPE for {reader.context} tokens")
+    sizes = np.linspace(SHORTEST, LONGEST, prompts).astype(int).tolist()
     text = smollm.essay_tokens(tokenizer, max(tokens, sum(sizes)))
     yield from generation(model, inputs(text, sizes, model.device), note)
-    yield retrieval(reader, passkey, samples or (QUICK_SAMPLES if quick else SAMPLES))
+    yield retrieval(reader, passkey, samples)
     yield surprise(model, text[:tokens])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,22 @@ def page(title: str, lead: str, sections: Iterable[tuple[str, str]]) -> str:
 {body}
 </body></html>
 """
+
+
+def unwritable(option: str, path: Path, *, folder: bool = False) -> str | None:
+    """Why nothing can be written to a file, or a folder, that is asked for; None where its folders are made.
+
+    To be asked before the work that is to be written there.
+    """
+    wanted = f"{option} must name a {'folder' if folder else 'file'}; {path}"
+    if path.exists() and path.is_dir() != folder:
+        return f"{wanted} is a {'file' if folder else 'folder'}"
+    where = path if folder else path.parent
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        return f"{wanted} cannot be made: {fault.strerror}"
+    return None if os.access(where, os.W_OK) else f"{wanted} may not be written to"
 
 
 def write(path: Path, text: str) -> None:

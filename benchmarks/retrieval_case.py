@@ -1,4 +1,4 @@
-"""Case ``retrieval``: what a model still finds in a long text when its decode steps read few keys.
+"""Case ``retrieval``: what a model still finds in a long text when its decode steps attend to few keys.
 
 SmolLM2, or the model that HSR_MODEL names (beyond its context RoPE is stretched, see `benchmarks.smollm`), reads the
 context of a sample of `benchmarks.retrieval_tasks` densely; the question and the reply are served row by row by a
@@ -11,7 +11,8 @@ as its codes are fitted to their queries.
 the mean share of the answers that stand in the greedy reply, in any order; ``logprob`` the mean log-probability of a
 token of the expected reply, of ``common-words`` in one order that is drawn, in nats, which still tells policies apart
 where a small model finds nothing or everything.  ``share`` is what of the keys the rows of question and expected reply
-read (on a GPU, where a step is one launch, the last row's).
+attend to (on a GPU, where a step is one launch, the last row's); what is read to choose them, as codes or all scores
+are, does not count.
 
 python -m benchmarks.run retrieval --tokens 2048 4096 --samples 4
 python -m benchmarks.run retrieval --tasks passkey multi-key --tokens 32768 --samples 2    # on a GPU, bfloat16

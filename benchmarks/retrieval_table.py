@@ -14,11 +14,12 @@ PARTS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "exact": ("Replies that are right to the token, those of common-words in any order", "{:.0%}".format),
     "found": ("Share of the answers in the greedy reply", "{:.0%}".format),
     "logprob": ("Mean log-probability of a token of the right reply, of common-words in one order", "{:.3f}".format),
-    "share": ("Share of the keys read", "{:.1%}".format),
+    "share": ("Share of the keys attended to", "{:.1%}".format),
 }
 LEGEND = (
     "The context is read densely, question and reply are served by the policy in all layers; "
-    "`benchmarks/retrieval_case.py` and `benchmarks/retrieval_tasks.py` say what is measured."
+    "`benchmarks/retrieval_case.py` and `benchmarks/retrieval_tasks.py` say what is measured.  "
+    "What is read to choose keys, as codes or all scores are, does not count as attended to."
 )
 
 Row = Mapping[str, Any]

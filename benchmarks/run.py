@@ -14,15 +14,19 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from benchmarks import page
 from benchmarks.gate import WrongAnswer
 from hsr.errors import ArgumentError, BackendUnavailable
+
+if TYPE_CHECKING:
+    from benchmarks.ledger import Row
 
 CASES = {  # name -> module with rows(quick, note), an iterable of dicts with equal keys; DEVICE where not the CPU, or
     # where(**settings) that names the device where its options decide; missing() where it needs packages that pip's
@@ -51,6 +55,7 @@ OVERRIDES = {
     "OPENBLAS_CORETYPE",
     "OPENBLAS_L2_SIZE",
 }  # unset, so that numpy's BLAS runs its best kernels for this processor
+PARTIAL = ".partial"  # added to the name of the file that measurements are for, while they come
 MEASURED = "benchmarks/results"  # measurements of other cases do not make the code dirty
 
 
@@ -69,27 +74,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case.options(parser)
     settings = vars(parser.parse_args(typed))
     _, quick, file = (settings.pop(own) for own in ("case", "quick", "json"))
-    notes: list[str] = []
-    rows: list[dict[str, object]] = []
     try:
         facts = head(name, case, command(["python", "-m", "benchmarks.run", *typed]), settings)
         for fact, value in facts.items():
             print(f"{fact}: {value}")
-        for row in case.rows(quick, notes.append, **settings):
-            rows.append(row)
-            print(line(row), file=sys.stderr, flush=True)
+        found = measured(
+            case.rows, quick, settings, facts, file, lambda row: print(line(row), file=sys.stderr, flush=True)
+        )
     except WrongAnswer as fault:
-        print(f"nothing was timed: {fault}", file=sys.stderr)
+        print(f"{'stopped' if hasattr(fault, '__notes__') else 'nothing was timed'}: {told(fault)}", file=sys.stderr)
         return 1
     except ArgumentError as fault:
-        print(fault, file=sys.stderr)
+        print(told(fault), file=sys.stderr)
         return 2
-    print(table(rows))
-    for note in notes:
+    print(table(found["rows"]))
+    for note in found["notes"]:
         print(note)
-    if file:
-        dump(file, facts | {"notes": notes, "rows": rows})
     return 0
+
+
+def measured(
+    rows: Callable[..., Iterable[Row]],
+    quick: bool,
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    file: Path | None,
+    show: Callable[[Row], None],
+) -> dict[str, Any]:
+    """Run a case: its facts, notes and rows, which are written to ``file`` where there is one.
+
+    After each row all there are so far are written to PARTIAL beside it, so that a run that stops loses none.
+
+    Args:
+        rows: of the case, called with ``quick``, what takes a note, and ``settings``.
+        quick: as the case has it.
+        settings: the case's own.
+        facts: what `head` found.
+        file: where the measurements are to lie.
+        show: called with each row as it comes.
+
+    Raises:
+        ArgumentError: ``file`` cannot be written; before anything is measured.
+    """
+    found: dict[str, Any] = {**facts, "notes": [], "rows": []}
+    partial = None if file is None else file.with_name(file.name + PARTIAL)
+    reason = None if file is None else page.unwritable("--json", file)
+    if reason:
+        raise ArgumentError(reason)
+    try:
+        for row in rows(quick, found["notes"].append, **settings):
+            found["rows"].append(row)
+            if partial is not None:
+                dump(partial, found)
+            show(row)
+    except BaseException as fault:
+        if found["rows"]:
+            fault.add_note(f"the rows so far are in {partial}" if partial else f"{len(found['rows'])} rows came before")
+        raise
+    if file is not None and partial is not None:
+        dump(file, found)
+        partial.unlink(missing_ok=True)
+    return found
+
+
+def told(fault: BaseException) -> str:
+    """What went wrong, with what was noted about it."""
+    return "; ".join([str(fault), *getattr(fault, "__notes__", ())])
 
 
 def _parser(*, add_help: bool) -> argparse.ArgumentParser:
@@ -156,10 +206,12 @@ def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def dump(path: Path, measured: dict[str, Any]) -> None:
-    """Write measurements as JSON."""
+def dump(path: Path, measured: Mapping[str, Any]) -> None:
+    """Write measurements as JSON; who is stopped while writing leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(measured, indent=1) + "\n")
+    written = path.with_name(path.name + ".writing")
+    written.write_text(json.dumps(measured, indent=1) + "\n")
+    written.replace(path)
 
 
 def cpu() -> str:

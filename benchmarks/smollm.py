@@ -63,8 +63,10 @@ def device_name(device: str) -> str:
     try:
         found = torch.device(device)
     except RuntimeError as fault:
-        raise ArgumentError(f"device must be one that torch knows; got {device!r}") from fault
-    if found.type != "cuda":
+        raise ArgumentError(f"device must be cpu or cuda; got {device!r}") from fault
+    if found.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device must be cpu or cuda; got {device!r}")
+    if found.type == "cpu":
         return found.type
     if not torch.cuda.is_available():
         raise ArgumentError(f"device must be cpu where torch finds no CUDA device; got {device!r}")

@@ -315,6 +315,15 @@ class SampledCache:
         self.codes = codes
         self._list()
 
+    @torch.inference_mode()  # where lengths were made within it, nothing else may change them
+    def shorten(self, count: int) -> None:
+        """Forget the newest tokens of every sequence, so many; nothing is checked, and captured graphs stay good.
+
+        A block that is whole no more keeps codes that nobody reads: it is drawn from when `recent`, a block or more,
+        have followed it, and so was filled and coded again.  The coder stays as it was fitted.
+        """
+        self.lengths -= count
+
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """One token: k, v (B, g, d), rows contiguous.  Nothing is checked; a full cache counts it in ``status``."""
         held = self.tokens

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from attention.held_rows import HeldRows
 from attention.integrations import trial
 from attention.integrations.dense_rows import dense
-from attention.integrations.masks import Seen, note
+from attention.integrations.masks import Seen
+from attention.integrations.passes import no_gradient, noted_rows, once
 from attention.integrations.steps import Fused, Sessions, Steps, fuses
 from attention.prefill import prefill
 from hsr.errors import ArgumentError
@@ -133,7 +134,7 @@ class HSRLayer(CacheLayerMixin):
         Raises:
             ArgumentError: not one row for each token of the last update, or a second call for them.
         """
-        _once(q, self._unattended)
+        once(q, self._unattended)
         self._unattended = 0
         self._asked = q.shape[1], options["scaling"], seen
         step = q.shape[2] <= ROWS and q.shape[2] < self._n
@@ -149,9 +150,10 @@ class HSRLayer(CacheLayerMixin):
             self.steps = None
         if not step:
             self._queries = q[:, :, -KNOWN:].clone()
-            if self._prompt_is_sparse(q, k, v, seen):
+            sparse = [self._prompt_is_sparse(q, k, v, left) for left in seen.lefts or (0,)]
+            if any(sparse):
                 _check(seen)
-                return self._prompted(q, k, v, seen, options["scaling"]).transpose(1, 2).contiguous()
+                return self._prompted(module, q, k, v, mask, seen, sparse, **options)
         return dense(module, q, k, v, mask, seen, **options)
 
     def _begins(self, q: torch.Tensor, seen: Seen, scale: float) -> bool:
@@ -212,25 +214,40 @@ class HSRLayer(CacheLayerMixin):
         """Tokens below which steps are dense."""
         return trial.LEAST if self._policies[2] is None else self._policies[2]
 
-    def _prompt_is_sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> bool:
+    def _prompt_is_sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int) -> bool:
+        """Whether a sequence with so much padding is, by its own length."""
         _, policy, dense_below, trials = self._policies
         if policy is None:
             return False
-        hidden = max(seen.lefts or (0,))
-        return trials.faster(policy, q, k, v, hidden) if dense_below is None else self._n >= dense_below
+        return trials.faster(policy, q, k, v, left) if dense_below is None else self._n - left >= dense_below
 
-    def _prompted(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen, scale: float) -> torch.Tensor:
-        """(B, h, m, dv); rows of padding are zero."""
+    def _prompted(
+        self,
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        seen: Seen,
+        sparse: Sequence[bool],
+        **options: Any,
+    ) -> torch.Tensor:
+        """(B, m, h, dv): some sequences by the policy, whose rows of padding are zero, the others densely."""
         policy, (m, n) = self._policies[1], (q.shape[2], k.shape[2])
         if seen.lefts is None:
-            whole: torch.Tensor = prefill(q, k, v, policy=policy, scale=scale).output
-            return whole
-        output = q.new_zeros(*q.shape[:3], v.shape[3])
+            whole: torch.Tensor = prefill(q, k, v, policy=policy, scale=options["scaling"]).output
+            return whole.transpose(1, 2).contiguous()
+        assert mask is not None
+        if sum(sparse) > 1 and trial.crossed(policy):
+            raise ArgumentError(f"prefill must share nothing between layers in a batch with padding; got {policy!r}")
+        output = q.new_zeros(len(q), m, q.shape[1], v.shape[3])
         for b, left in enumerate(seen.lefts):
-            row = max(left - (n - m), 0)
-            if row < m:
+            row, one = max(left - (n - m), 0), slice(b, b + 1)
+            if not sparse[b]:
+                output[one] = dense(module, q[one], k[one], v[one], mask[one], Seen((left,)), **options)
+            elif row < m:
                 rows = q[b, :, row:], k[b, :, left:], v[b, :, left:]
-                output[b, :, row:] = prefill(*rows, policy=policy, scale=scale).output
+                output[b, row:] = prefill(*rows, policy=policy, scale=options["scaling"]).output.transpose(0, 1)
         return output
 
     def advance(self, count: int) -> None:
@@ -267,6 +284,10 @@ class HSRLayer(CacheLayerMixin):
             raise ArgumentError(f"tokens_to_remove must be within {-self._n}..0; got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        if isinstance(self.steps, Fused) and self._pending is None and kept >= self._least:
+            if self.steps.forget(-tokens_to_remove):
+                self._n = kept
+                return
         self._take_back()
         for held in self._held or ():
             held.keep(kept)
@@ -322,56 +343,9 @@ class HSRLayer(CacheLayerMixin):
         return layer
 
 
-class WindowLayer(DynamicSlidingWindowLayer):
-    """A layer with sliding-window attention: transformers' cache of it, served densely."""
-
-    @torch.compiler.disable
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As its base; the keys are noted with the layer."""
-        no_gradient(key_states, value_states)
-        k, v = super().update(key_states, value_states)
-        self._rows = noted_rows(k.view_as(k), v.view_as(v), self)
-        self._unattended = key_states.shape[2]
-        return self._rows
-
-    def reset(self) -> None:
-        """Forget everything; transformers 5.17 kept zeros in its place."""
-        self.keys = self.values = None
-        self.is_initialized, self.cumulative_length = False, 0
-
-    def attend(
-        self, module: torch.nn.Module, q: torch.Tensor, mask: torch.Tensor | None, seen: Seen, **options: Any
-    ) -> torch.Tensor:
-        """As `HSRLayer.attend`."""
-        _once(q, self._unattended)
-        self._unattended = 0
-        k, v = self._rows
-        del self._rows
-        return dense(module, q, k, v, mask, seen, self.sliding_window, **options)
-
-
 def _check(seen: Seen) -> None:
     """ArgumentError where a mask says what no policy can be told."""
     if not seen.plain:
         raise ArgumentError(
             "attention_mask must be of left padding, (B, n), where attention is sparse; got one that hides other keys"
         )
-
-
-def _once(q: torch.Tensor, rows: int) -> None:
-    """ArgumentError unless q has a row for each token of the last update; 0 after it was attended to."""
-    if q.shape[2] != rows:
-        raise ArgumentError(f"query must have {rows} rows, one a new token; got {q.shape[2]}")
-
-
-def no_gradient(*parts: torch.Tensor) -> None:
-    """ArgumentError where one of them needs a gradient, which attention over a cache does not give."""
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        raise ArgumentError('"hsr" attention must need no gradient: call the model within torch.no_grad()')
-
-
-def noted_rows(k: torch.Tensor, v: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an update returns: views, so that only these very objects carry the note."""
-    return note(k, layer), note(v, layer)

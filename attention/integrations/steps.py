@@ -22,7 +22,7 @@ class Steps(Protocol):
 
     Attributes:
         told: tokens that it knows of, padding included.
-        keys: keys that steps could have read, summed over steps, sequences and query heads.
+        keys: keys that steps could have attended to, summed over steps, sequences and query heads.
         steps: steps that are counted in it.
     """
 
@@ -40,7 +40,7 @@ class Steps(Protocol):
         """Attend to what is there; nothing is counted."""
 
     def reported(self) -> int:
-        """Keys that the counted steps read."""
+        """Keys that the counted steps attended to."""
 
     def certificate(self) -> Certificate | None:
         """Of the last step, arrays (B, h, 1); None where nothing is known."""
@@ -175,7 +175,7 @@ class Fused:
             policy.draw == "systematic",
         )  # fmt: skip
         self.cache = SampledCache(k, v, heads, draws, scale, queries=queries)
-        self.told = k.shape[2]
+        self.told = self._fitted = k.shape[2]
         self.steps = 0
         self._dense_below = self.cache.faster_below if dense_below is None else dense_below
         if self.dense and not self.cache.single:
@@ -201,6 +201,15 @@ class Fused:
     def attend(self, q: torch.Tensor) -> torch.Tensor:
         """See `Steps`."""
         return self._launch(self.cache.attend, q)
+
+    def forget(self, count: int) -> bool:
+        """Drop the newest tokens; whether it could: not where most of those that codes were fitted to would be gone."""
+        if 2 * (self.told - count) < self._fitted:
+            return False
+        self.cache.shorten(count)
+        self.told -= count
+        self.steps = 0
+        return True
 
     @property
     def dense(self) -> bool:

@@ -18,14 +18,17 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from attention.engine import Plan, is_policy, is_stepwise
 from attention.integrations import masks
-from attention.integrations.layer import HSRLayer, WindowLayer, no_gradient
+from attention.integrations.layer import HSRLayer
+from attention.integrations.passes import no_gradient
 from attention.integrations.steps import Fused
 from attention.integrations.trial import PromptTrials
+from attention.integrations.window_layer import WindowLayer
 from attention.policies import Policy
 from attention.result import Certificate
 from attention.sampled import Sampled
@@ -128,13 +131,15 @@ class HSRCache(Cache):
         decode: policy of passes of one token, see `attention.DecodeSession`, or one for each layer; None is dense.
         prefill: policy of longer ones, see `attention.prefill`, or one for each layer; None is dense.
         dense_layers: layers that are always dense.
-        dense_below: tokens (of the longest sequence) below which attention is dense, to the bit as with "sdpa". "auto"
-            tries: a layer's steps, from 1,024 tokens on and again whenever they have doubled, are timed beside dense
-            ones until they are faster; prompts are by trials of one as long.  Outputs then depend on the clock: give a
-            number where they must be the same in every run, one from which the policies can serve.
+        dense_below: tokens below which attention is dense, to the bit as with "sdpa": prompts by the length of each
+            sequence, steps by the longest.  "auto" tries: a layer's steps, from 1,024 tokens on and again whenever they
+            have doubled, are timed beside dense ones until they are faster; prompts are by trials of about as many rows
+            over as many keys.  Outputs then depend on the clock: give a number where they must be the same in every
+            run, one from which the policies can serve.
 
     After a pass that is refused, `reset` the cache, or go on with a copy from before: some layers hold its tokens.
-    Where a step is one launch, crops, reordered beams and prompts of more than 16 tokens make all codes anew.
+    Where a step is one launch, reordered beams, prompts of more than 16 tokens and crops of most tokens make all codes
+    anew.
 
     Raises:
         ArgumentError: a model without "hsr" attention, with layers of another kind than full or sliding-window
@@ -149,6 +154,8 @@ class HSRCache(Cache):
         dense_layers: Collection[int] = (),
         dense_below: int | str = "auto",
     ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ArgumentError(f"config must be a model's config; got {type(config).__name__}")
         self._config = config.get_text_config(decoder=True)
         self._check_attention()
         if getattr(self._config, "attn_logit_softcapping", None) is not None:
@@ -165,6 +172,8 @@ class HSRCache(Cache):
             for policy in policies:
                 if policy is not None:
                     fits(name, policy)
+        if not isinstance(dense_layers, Collection):
+            raise ArgumentError(f"dense_layers must be a collection of layers; got {dense_layers!r}")
         always = {checks.whole("dense_layers", layer, 0, len(kinds) - 1) for layer in dense_layers}
         trials = PromptTrials()
         layers: list[Any] = []
@@ -188,9 +197,14 @@ class HSRCache(Cache):
         """As `Cache.update`.
 
         Raises:
-            ArgumentError: the model's attention was changed to another than "hsr", or a pass was refused half-way.
+            ArgumentError: the model's attention was changed to another than "hsr", a pass was refused half-way, or the
+                model has more layers than its config said.
         """
         self._check_attention()
+        if layer_idx >= len(self.layers):
+            raise ArgumentError(
+                f"config must be the model's own: it has {len(self.layers)} layers; got rows of layer {layer_idx}"
+            )
         if layer_idx:
             before, held = (self.get_seq_length(number) for number in (layer_idx - 1, layer_idx))
             if before != held + key_states.shape[2]:
@@ -200,7 +214,8 @@ class HSRCache(Cache):
     def report(self) -> Reading:
         """What sparse steps attended to since they were last made; on a GPU it waits for them.
 
-        They are made anew after a crop, a copy, another padding or a long prompt, and where a GPU reorders beams.
+        They are made anew after a copy, another padding, a long prompt or a crop that they cannot follow, and where a
+        GPU reorders beams.
         """
         served = [layer.steps if isinstance(layer, HSRLayer) else None for layer in self.layers]
         running = [steps for steps in served if steps is not None]
@@ -258,7 +273,7 @@ class HSRCache(Cache):
 
 def _each(name: str, policies: Any, layers: int) -> list[Any]:
     """One policy for every layer."""
-    if not isinstance(policies, Sequence):
+    if not isinstance(policies, Sequence) or isinstance(policies, str):
         return [policies] * layers
     if len(policies) != layers:
         raise ArgumentError(f"{name} must be a policy, or one for each of {layers} layers; got {len(policies)}")
@@ -267,7 +282,10 @@ def _each(name: str, policies: Any, layers: int) -> list[Any]:
 
 def _decodes(name: str, policy: Any) -> None:
     """ArgumentError unless the policy chooses keys row by row."""
-    Plan(Softmax(), policy, None)
+    try:
+        Plan(Softmax(), policy, None)
+    except ArgumentError as fault:
+        raise ArgumentError(f"{name}: {fault}") from fault
 
 
 def _prefills(name: str, policy: Any) -> None:

@@ -1,8 +1,9 @@
-"""Whether sparse attention is faster than dense here: both are timed, on the very keys or on prompts as long."""
+"""Whether sparse attention is faster than dense here: both are timed, on the very keys or on prompts alike."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +13,17 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from attention.block_sampled import BlockSampled
+from attention.integrations.dense_rows import allowed, dense
+from attention.integrations.masks import Seen
 from attention.integrations.steps import Fused, Steps
 from attention.key_lists import least_density
+from attention.list_tail import ListTail
 from attention.prefill import prefill
+from attention.selectors.share_prefill import PivotalPatterns, SharePrefill
 
 LEAST = 1024  # tokens from which a layer's steps are tried, and again whenever they have doubled
-PROMPTS = (1024, 8192)  # lengths that prompts are tried at: powers of two between these
+PROMPT = 1024  # keys from which prompts are tried
+PAIRS = 1 << 26  # of rows and keys, in the largest trial of a prompt
 TAKES = 3
 REPEATS = 8  # calls of a graph
 
@@ -77,33 +83,58 @@ class PromptTrials:
     def faster(self, policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: int = 0) -> bool:
         """Whether a prompt like q (B, h, m, d) over k (B, g, n, d), v (B, g, n, dv) gains from the policy.
 
-        What the policy cannot serve does not: of the sequences, one has ``hidden`` tokens of padding.
+        What the policy cannot serve does not: of the sequence, the first ``hidden`` tokens are padding.
         """
         n = k.shape[2] - hidden
         m = min(q.shape[2], n)
-        sampled = isinstance(policy, BlockSampled)
-        if (
-            m < 1
-            or n < PROMPTS[0]
-            or (sampled and policy.density is not None and policy.density <= least_density(m, n))
-        ):
+        if m < 1 or n < PROMPT:
             return False
-        if sampled and q.device.type == "cuda":
-            return True  # it looks itself for what is faster
-        length = min(1 << (n.bit_length() - 1), PROMPTS[1])
+        shape = _tried(m, n)
+        if isinstance(policy, BlockSampled):
+            density = math.inf if policy.density is None else policy.density
+            if density <= least_density(m, n) or q.device.type == "cuda":
+                return density > least_density(m, n)  # a GPU's launches look themselves for what is faster
+            if density <= least_density(*shape):
+                return False
         alike = dataclasses.replace(policy, seed=0) if hasattr(policy, "seed") else policy
-        key = repr(alike), q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, length
+        key = repr(alike), q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device, shape
         if key not in self._faster:
-            self._faster[key] = _faster(policy, q, k, v, length)
+            self._faster[key] = _faster(policy, q, k, v, *shape)
         return self._faster[key]
 
 
-def _faster(policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> bool:
+def _tried(m: int, n: int) -> tuple[int, int]:
+    """Powers of two near m rows of n keys, m at most n, and in about their proportion: at most PAIRS pairs."""
+    m, n = (1 << round(math.log2(count)) for count in (m, n))
+    while m * n > PAIRS:
+        m, n = max(m // 2, 1), n // 2
+    return m, n
+
+
+def _alone(policy: Any) -> Any:
+    """The policy for a prompt of its own: what the caller's layers leave to each other stays theirs."""
+    if isinstance(policy, ListTail):
+        return dataclasses.replace(policy, selector=_alone(policy.selector))
+    return policy.at(policy.layer, PivotalPatterns()) if isinstance(policy, SharePrefill) else policy
+
+
+def crossed(policy: Any) -> bool:
+    """Whether it goes on from what other layers left of the same prompt."""
+    inner = policy.selector if isinstance(policy, ListTail) else policy
+    return isinstance(inner, SharePrefill) and inner.patterns.crossed(inner.layer)
+
+
+def _faster(policy: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: int, n: int) -> bool:
     generator = torch.Generator(q.device).manual_seed(0)
     prompt = [
-        torch.randn(part.shape[1], length, part.shape[3], generator=generator, dtype=q.dtype, device=q.device)
-        for part in (q, k, v)
+        torch.randn(part.shape[1], rows, part.shape[3], generator=generator, dtype=q.dtype, device=q.device)
+        for part, rows in ((q, m), (k, n), (v, n))
     ]
     queries, keys, values = (part[None] for part in prompt)
-    dense = partial(scaled_dot_product_attention, queries, keys, values, is_causal=True, enable_gqa=True)
-    return seconds(partial(prefill, *prompt, policy=policy), q.device) < seconds(dense, q.device)
+    layer: Any = torch.nn.Module()
+    layer.num_key_value_groups = q.shape[1] // k.shape[1]
+    mask = None if m == n else allowed(torch.arange(n - m, n, device=q.device), 0, n, Seen(), None)
+    scale = q.shape[3] ** -0.5
+    plain = partial(dense, layer, queries, keys, values, mask, Seen(), scaling=scale)
+    sparse = partial(prefill, *prompt, policy=_alone(policy), scale=scale)
+    return seconds(sparse, q.device) < seconds(plain, q.device)

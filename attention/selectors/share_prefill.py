@@ -49,13 +49,17 @@ class PivotalPatterns:
             raise ArgumentError(
                 f"patterns must be new for every prompt, whose layers come in order; got layer {layer} after {last}"
             )
-        if self._found.keys() - {layer} and prompt != self._prompt:
+        if self.crossed(layer) and prompt != self._prompt:
             raise ArgumentError(
                 f"patterns must be of one prompt (sequences, rows, keys, device), {self._prompt}; got {prompt}"
             )
         self._found.pop(layer, None)
         self._prompt = prompt
         return {cluster: pattern for found in self._found.values() for cluster, pattern in found.items()}
+
+    def crossed(self, layer: int) -> bool:
+        """Whether another layer than this one has left something."""
+        return bool(self._found.keys() - {layer})
 
     def leave(self, layer: int, found: Mapping[int, Pattern]) -> None:
         """Keep what a layer found."""

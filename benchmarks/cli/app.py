@@ -33,25 +33,34 @@ def run(command: str, **options: Any) -> None:
         if (missing.name or "").partition(".")[0] in ("hsr", "attention", "gpu", "proofs_checks", "benchmarks"):
             raise
         refuse(command, f"needs the package {missing.name}: pip install '.[demo]'")
+    except KeyboardInterrupt as stop:
+        for note in getattr(stop, "__notes__", ()):
+            tell(command, note)
+        raise
     except BrokenPipeError:  # who reads our output has read enough
         raise
     except OSError as fault:
         refuse(command, str(fault))
     except Exception as fault:
         from benchmarks.gate import WrongAnswer
+        from benchmarks.run import told
         from hsr.errors import HsrError
 
         if not isinstance(fault, HsrError | WrongAnswer):
             raise
-        refuse(command, str(fault), WRONG if isinstance(fault, WrongAnswer) else REFUSED)
+        refuse(command, told(fault), WRONG if isinstance(fault, WrongAnswer) else REFUSED)
     raise typer.Exit(status)
 
 
 def refuse(command: str, reason: str, status: int = REFUSED) -> None:
     """End with one line on stderr and that status."""
-    line = " ".join(reason.split())
-    terminal.aside().print(f"hsr {command}: {line}", markup=False, soft_wrap=True)
+    tell(command, reason)
     raise typer.Exit(status)
+
+
+def tell(command: str, what: str) -> None:
+    """Say something in one line on stderr."""
+    terminal.aside().print(f"hsr {command}: {' '.join(what.split())}", markup=False, soft_wrap=True)
 
 
 def show_version(asked: bool) -> None:
@@ -146,14 +155,14 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the text begins with; after --prompt-file's.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Text of a long prompt.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn, by the model's template.")] = False,
-    policy: Annotated[str, typer.Option(metavar="NAME", help="Which keys a step reads; see --list.")] = "sampled",
+    policy: Annotated[str, typer.Option(metavar="NAME", help="What a step attends to; see --list.")] = "sampled",
     eps: Annotated[str | None, typer.Option(metavar="X", help="Error that the policy may make.")] = None,
     budget: Annotated[str | None, typer.Option(metavar="N", help="Keys of a step.")] = None,
     r: Annotated[str | None, typer.Option("--r", metavar="N", help="Keys of topr and top-oracle.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any option of the policy; see --list.")
     ] = None,
-    prefill: Annotated[str, typer.Option(metavar="NAME", help="What the prompt's rows read; see --list.")] = "dense",
+    prefill: Annotated[str, typer.Option(metavar="NAME", help="What the prompt attends to; see --list.")] = "dense",
     prefill_settings: Annotated[
         list[str] | None, typer.Option("--prefill-set", metavar="NAME=VALUE", help="Any option of that one.")
     ] = None,
@@ -175,7 +184,7 @@ def generate(
     listed: Annotated[bool, typer.Option("--list", help="Only list the policies and their options.")] = False,
     html: Html = None,
 ) -> None:
-    """A language model writes; beside the text, what share of the keys it read and what is certain of its error."""
+    """A language model writes; beside the text, what share of the keys it attends to and what is sure of its error."""
     run(
         "generate",
         model=model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html as markup
 import importlib
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from benchmarks import page
 from benchmarks import plots as drawing
 from benchmarks import run as cases
 from benchmarks.cli import terminal
+from benchmarks.ledger import Row
 from hsr.errors import ArgumentError, BackendUnavailable
 
 if TYPE_CHECKING:
@@ -31,30 +33,27 @@ def run(
     if name is None:
         console.print(listing())
         return 0
-    refuse(name, json, plots)
+    refuse(name, json, plots, html)
     drawn = name in drawing.FIGURES and bool(html or (json and plots is not False))
     if drawn:
         require_plots(name)
     case = cases.loaded(name)
     settings = cases.own_settings(f"hsr bench {name} --", case, more)
-    measured = cases.head(name, case, cases.command(["hsr", *sys.argv[1:]]), settings)
+    facts = cases.head(name, case, cases.command(["hsr", *sys.argv[1:]]), settings)
     start = time.perf_counter()
-    rows: list[dict[str, object]] = []
-    notes: list[str] = []
     with terminal.spinner() as bar:
         task = bar.add_task(name)
-        for row in case.rows(quick, notes.append, **settings):
-            rows.append(row)
+        count = itertools.count(1)
+
+        def show(row: Row) -> None:
             bar.console.print(cases.line(row), soft_wrap=True, markup=False)
-            bar.update(task, description=f"{name}: {len(rows)} rows")
-    measured |= {"notes": notes, "rows": rows}
+            bar.update(task, description=f"{name}: {next(count)} rows")
+
+        measured = cases.measured(case.rows, quick, settings, facts, json, show)
     seconds = time.perf_counter() - start
-    for line in (cases.table(rows), *notes):
+    for line in (cases.table(measured["rows"]), *measured["notes"]):
         console.print(line, soft_wrap=True, markup=False)
-    written = []
-    if json:
-        cases.dump(json, measured)
-        written.append(json)
+    written = [json] if json else []
     figures = drawing.figures(measured) if drawn else {}
     if json and plots is not False:
         written += drawing.saved(figures, json)
@@ -74,7 +73,7 @@ def require_plots(name: str) -> None:
         raise BackendUnavailable(f"figures need the package {missing.name}: pip install '.[plot]'") from missing
 
 
-def refuse(name: str, json: Path | None, plots: bool | None) -> None:
+def refuse(name: str, json: Path | None, plots: bool | None, html: Path | None) -> None:
     """ArgumentError for what could not be done, before anything is."""
     if name not in cases.CASES:
         raise ArgumentError(f"CASE must be one of {', '.join(cases.CASES)}; got {name!r}")
@@ -82,6 +81,10 @@ def refuse(name: str, json: Path | None, plots: bool | None) -> None:
         raise ArgumentError("--plots needs --json FILE, beside which figures are written")
     if plots and name not in drawing.FIGURES:
         raise ArgumentError(f"--plots needs a case that has figures: {', '.join(drawing.FIGURES)}; got {name!r}")
+    for option, path in (("--json", json), ("--html", html)):
+        reason = None if path is None else page.unwritable(option, path)
+        if reason:
+            raise ArgumentError(reason)
 
 
 def listing() -> Table:

@@ -1,4 +1,4 @@
-"""Token by token: what the model says, what share of the keys a step read, and what is known of its error."""
+"""Token by token: what the model says, what share of the keys a step attended to, and what is known of its error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Step:
     Attributes:
         token: its id.
         seconds: of the forward pass that chose it; the first token's is the prompt's.
-        keys, reported: keys that this pass could have read and did, over layers and heads; 0 where it was dense.
+        keys, reported: keys that this pass could have attended to and did, over layers and heads; 0 where it was dense.
         bound: None where it was dense.
     """
 
@@ -103,7 +103,8 @@ def _ends(model: Any) -> set[int]:
 def _chosen(logits: torch.Tensor, temperature: float, draws: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=draws))
+    falls = (logits - logits.max()).double()  # so that nothing overflows near a temperature of 0
+    return int(torch.multinomial(torch.softmax(falls / temperature, 0), 1, generator=draws))
 
 
 def read(before: Reading, after: Reading) -> tuple[int, int]:

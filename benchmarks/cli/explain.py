@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,8 +73,9 @@ def run(
     """Describe the keys of a file; status 0."""
     use_all_threads()
     start = time.perf_counter()
-    if save is not None and save.exists() and not save.is_dir():
-        raise ArgumentError(f"--save must name a folder; {save} is a file")
+    reason = None if save is None else page.unwritable("--save", save, folder=True)
+    if reason:
+        raise ArgumentError(reason)
     held = key_file.read(file, {"keys": keys, "queries": queries, "values": values}, layer, causal)
     if head >= len(held.keys):
         raise ArgumentError(f"--head must be below {len(held.keys)}, the number of key heads; got {head}")
@@ -104,6 +106,10 @@ def described(held: KeySet, head: int, scale: float, probes: int, seed: int) -> 
     if not math.isfinite(size * scale):
         raise ArgumentError("keys and queries must have finite products; theirs overflow")
     said.append(f"looked at: {asked.shape[1]} queries of each of {h} query heads, scores times {scale:.4g}")
+    (searched, by), (sought, and_by) = key_search.scaled(held.keys), key_search.scaled(asked)
+    if by or and_by:
+        said.append(f"for the costs, keys are scaled by 2^{by}, queries by 2^{and_by}: so float32 holds their products")
+    pairs = [(rows.reshape(-1, d), keys) for rows, keys in zip(np.split(sought, g), searched, strict=True)]
     with terminal.progress() as bar:
         rules = key_search.sizes(n)
         stored = [] if held.values is None else list(held.values)
@@ -125,19 +131,17 @@ def described(held: KeySet, head: int, scale: float, probes: int, seed: int) -> 
         concentrations = each(
             "attention", h, lambda i: key_facts.concentration(asked[i], held.keys[i // (h // g)], limits, scale)
         )
-        pairs = [(rows.reshape(-1, d), keys) for rows, keys in zip(np.split(asked, g), held.keys, strict=True)]
         wide = [(rows.astype(np.float64), keys.astype(np.float64)) for rows, keys in pairs]
         bounds = pruning_case.survival(wide)
         survival = each("bounds", BOUND_ROWS, lambda _: next(bounds))
-        methods = each(
-            "building", 1, lambda _: key_search.built(held.keys[head], lambda method: step(f"building {method}"))
-        )[0]
+        building = partial(key_search.built, searched[head], lambda method: step(f"building {method}"))
+        methods = each("building", 1, lambda _: building())[0]
         costs: list[Cost] = []
         for rule in rules:
             step(f"{rule} of the keys")
-            costs += key_search.costs(held.keys[head], pairs[head][0], methods.indexes, rule)
+            costs += key_search.costs(searched[head], pairs[head][0], methods.indexes, rule)
             bar.advance(task)
-    return Facts(said, shapes, values, concentrations, survival, methods, costs, advice(held.keys[head], costs))
+    return Facts(said, shapes, values, concentrations, survival, methods, costs, advice(searched[head], costs))
 
 
 def probed(held: KeySet, most: int, seed: int, said: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -284,7 +288,6 @@ def report(folder: Path, file: Path, facts: Facts, blocks: Sequence[Block], seco
     """Write the plots and the page; returns the page's path."""
     from benchmarks.cli import key_figures
 
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "Keys": ("spectrum", key_figures.spectrum(facts.shapes)),
         "Attention": ("mass", key_figures.mass(facts.concentrations)),

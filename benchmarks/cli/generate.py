@@ -1,4 +1,4 @@
-"""``hsr generate``: a language model writes while its attention reads a part of the keys, and says what it knows."""
+"""``hsr generate``: a language model writes, each step attending to a part of the keys, and says what it knows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hsr import checks
 from hsr.errors import ArgumentError
 
 FRAMES = 8  # a second
+STOPPED = 130  # exit status of a text that Ctrl-C ended
 
 
 def run(
@@ -50,13 +51,16 @@ def run(
     listed: bool,
     html: Path | None,
 ) -> int:
-    """Generate text, or list the policies; status 0."""
+    """Generate text, or list the policies; status 0, or STOPPED where the user ended the text."""
     console = terminal.results()
     if listed:
         console.print(listing())
         return 0
     if model is None:
         raise ArgumentError("MODEL must be given: smollm2, a folder, a name that transformers knows or a GGUF file")
+    reason = None if html is None else page.unwritable("--html", html)
+    if reason:
+        raise ArgumentError(reason)
     start = time.perf_counter()
     text = written(prompt, prompt_file)
     steps = policies.policy("decode", policy, given(options, settings, seed, policy))
@@ -73,13 +77,13 @@ def run(
     with prompt_bar(network, len(ids)) as advance:
         coming = decoding.steps(network, ids, cache, tokens, temperature, seed, advance)
         made.append(next(coming))
-    answer = shown(setting, reader, made, coming)
+    answer, ended = shown(setting, reader, made, coming)
     found = reading.rows(setting, made)
     console.print(reading.summary(found))
     if html:
         page.write(html, report(setting, text, answer, found, made, time.perf_counter() - start))
         console.print(f"report: {html}", soft_wrap=True, markup=False)
-    return 0
+    return 0 if ended else STOPPED
 
 
 def written(prompt: str | None, file: Path | None) -> str:
@@ -134,23 +138,27 @@ def prompt_bar(network: Any, tokens: int) -> Iterator[Any]:
         yield lambda: bar.advance(task)
 
 
-def shown(setting: Setting, reader: Any, made: list[Step], coming: Iterator[Step]) -> str:
-    """Take the steps as they come and show them, live in a terminal, as plain text elsewhere; returns the text."""
+def shown(setting: Setting, reader: Any, made: list[Step], coming: Iterator[Step]) -> tuple[str, bool]:
+    """Take the steps as they come and show them, live in a terminal, as plain text elsewhere.
+
+    Returns the text, and whether it came to its end: Ctrl-C keeps what there is.
+    """
     console = terminal.results()
-    if not console.is_terminal:
-        said = ""
-        for text in texts(reader, made, coming):
-            console.out(text[len(said) :], end="", highlight=False)
-            said = text
-        console.out()
-        return said
-    text = ""
-    with Live(console=console, refresh_per_second=FRAMES, transient=True) as live:
-        for text in texts(reader, made, coming):
-            figures = reading.rows(setting, made)
-            live.update(reading.view(text, figures, console.width, console.height))
-    console.print(Text(text))
-    return text
+    text, ended = "", False
+    live = Live(console=console, refresh_per_second=FRAMES, transient=True) if console.is_terminal else None
+    try:
+        with live or nullcontext():
+            for longer in texts(reader, made, coming):
+                if live:
+                    live.update(reading.view(longer, reading.rows(setting, made), console.width, console.height))
+                else:
+                    console.out(longer[len(text) :], end="", highlight=False)
+                text = longer
+        ended = True
+    except KeyboardInterrupt:
+        pass  # the text ends here
+    console.print(Text(text) if live else "")
+    return text, ended
 
 
 def texts(reader: Any, made: list[Step], coming: Iterator[Step]) -> Iterator[str]:
@@ -181,7 +189,7 @@ def report(
     sections = [
         ("Prompt", f"<p class='text'>{markup.escape(abridged(prompt))}</p>"),
         ("Text", f"<p class='text'>{markup.escape(answer)}</p>"),
-        ("Attention", page.table(("", ""), found) + image),
+        ("Attention", page.table(("", ""), found) + f"<p>{reading.LEGEND}</p>" + image),
         (page.MADE, page.made(provenance(shlex.join(["hsr", *sys.argv[1:]])), f"{seconds:.0f} s")),
     ]
     return page.page("Text by half-space reporting attention", lead, sections)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,9 @@ def read(path: Path, asked: Mapping[str, str | None], layer: int | None, causal:
         keys, queries = keys.astype(wide, copy=False), queries.astype(wide, copy=False)
     if values is not None:
         values = values if values.ndim == 3 else values[None]
-        if values.shape[:2] != keys.shape[:2]:
-            raise ArgumentError(f"values must be {(*keys.shape[:2], 'dv')} to match keys; got {values.shape}")
+        if values.shape[:2] != keys.shape[:2] or 0 in values.shape:
+            wanted = f"{(*keys.shape[:2], 'dv')} to match keys, dv at least 1"
+            raise ArgumentError(f"values must be {wanted}; got {values.shape}")
     limits, line = _limits(arrays, keys.shape[1], queries, causal)
     return KeySet(keys, queries, limits, values, (*said, *line))
 
@@ -101,9 +103,13 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise ArgumentError(f"FILE must be an npz file, as numpy.savez writes it; {path} is not")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as fault:
+            found = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, MemoryError, NotImplementedError, zlib.error, zipfile.BadZipFile) as fault:
         raise ArgumentError(f"FILE must be an npz file of plain arrays; {path}: {fault}") from fault
+    other = [name for name, part in found.items() if not isinstance(part, np.ndarray)]
+    if other:
+        raise ArgumentError(f"FILE must be an npz file of plain arrays; {path}: {', '.join(other)} is none")
+    return found
 
 
 def _name(role: str, arrays: Mapping[str, np.ndarray], asked: str | None) -> str | None:
@@ -127,6 +133,8 @@ def _limits(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """How many keys each query sees, and the line that says so."""
     if queries is None:
+        if causal:
+            raise ArgumentError("--causal needs queries; got none")
         return np.empty(0, np.int64), ()
     m = queries.shape[1]
     if causal:
@@ -134,7 +142,12 @@ def _limits(
             raise ArgumentError(f"queries must be at most as many as keys where they are causal; got {m} over {n}")
         return np.arange(n - m + 1, n + 1), ("queries are the last positions; none sees later keys",)
     positions = arrays.get("positions")
-    if positions is not None and positions.shape == (m,) and positions.dtype.kind in "iu":
+    if positions is not None and (positions.shape != (m,) or positions.dtype.kind not in "iu"):
+        told = (
+            f"the array positions, {positions.dtype} {positions.shape}, is not one whole number for each of {m} queries"
+        )
+        return np.full(m, n), (f"every query sees every key: {told}",)
+    if positions is not None:
         if positions.min() < 0 or positions.max() >= n:
             raise ArgumentError(f"positions must lie in 0..{n - 1}; got {positions.min()}..{positions.max()}")
         return positions.astype(np.int64) + 1, ("a query sees the keys up to its entry of the array positions",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -19,6 +20,7 @@ SHARES = {"0.1%": 0.001, "1%": 0.01, "10%": 0.1}  # of the keys, to report
 PAPER = "n^0.8"
 REPEATS, ROUND = 9, 0.02  # rounds of the clock, and the seconds that each takes at least
 TIMED = 8  # queries that take part in them
+SAFE = 40  # binary magnitude up to which, and down to which, products and their rounding are float32's own
 DENSE = ("numpy", "faiss")
 DEFINITION = "reference"  # plain float64 numpy: nobody would choose it for its speed
 
@@ -60,6 +62,18 @@ def built(keys: np.ndarray, advance: Callable[[str], None]) -> Methods:
         except BackendUnavailable as refusal:
             refusals[method] = str(refusal)
     return Methods(indexes, taken, refusals)
+
+
+def scaled(rows: np.ndarray) -> tuple[np.ndarray, int]:
+    """Rows (m, d) times a power of two, and which: 0 where products with rows alike stay well within float32.
+
+    Every score is scaled alike, so that who reports what, and what it costs, stays.
+    """
+    largest = float(np.abs(rows).max())
+    if largest == 0 or abs(math.log2(largest)) <= SAFE:
+        return rows, 0
+    power = -int(np.frexp(largest)[1])
+    return np.ldexp(rows, power), power
 
 
 def sizes(n: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ from hsr.errors import ArgumentError, BackendUnavailable
 
 PACKAGED = "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLD = 300  # characters of what transformers says at most
 FAULTS = (OSError, ValueError, KeyError, ImportError, RuntimeError)  # what transformers raises for what it cannot load
 
 
@@ -118,13 +119,18 @@ def loaded(model: str, gguf: str | None, device: str, dtype: str, positions: int
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-    except RuntimeError as fault:
-        raise ArgumentError(f"--device must be a device that torch knows; got {name!r}") from fault
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"--device must be cpu or cuda, with a number where there are more; got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError("--device must be cpu where torch finds no CUDA device; got cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(f"--device must be one of {torch.cuda.device_count()} CUDA devices; got {name!r}")
     return device
 
 
 def _unread(model: str, fault: Exception) -> ArgumentError:
-    line = next((line.strip() for line in str(fault).splitlines() if line.strip()), type(fault).__name__)
-    return ArgumentError(f"MODEL {model!r} could not be loaded: {line}")
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()] or [type(fault).__name__]
+    said = lines[0] if not lines[0].endswith(":") else " ".join(lines)[:TOLD]
+    return ArgumentError(f"MODEL {model!r} could not be loaded: {said}")

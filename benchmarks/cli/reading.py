@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDE, BESIDE = 52, 100  # columns of the figures, and of a terminal that has room for them beside the text
+ATTENDED = "keys attended to"
+LEGEND = "Keys attended to: of all, over layers and heads; what is read to choose them is not counted."
 HOLDS = {
     "exact": "exact: nothing was dropped",
     "deterministic": "deterministic: holds for every input",
@@ -54,7 +56,7 @@ def certificate(step: Step) -> str:
 
 
 def share(steps: Sequence[Step]) -> float:
-    """Of the keys that these steps could have read, those that they did; 1 where all were dense."""
+    """Of the keys that these steps could have attended to, those that they did; 1 where all were dense."""
     keys = sum(step.keys for step in steps)
     return sum(step.reported for step in steps) / keys if keys else 1.0
 
@@ -67,11 +69,11 @@ def rows(setting: Setting, steps: Sequence[Step]) -> list[tuple[str, str]]:
         ("prompt", f"{setting.prompt:,} tokens, attention {setting.prefill}"),
         ("steps", f"attention {setting.decode}"),
         ("tokens", f"{len(steps)} of {setting.most}"),
-        ("keys read", f"{share(sparse):.1%}, of {len(sparse)} sparse steps" if sparse else "all: no step was sparse"),
+        (ATTENDED, f"{share(sparse):.1%}, of {len(sparse)} sparse steps" if sparse else "all: no step was sparse"),
     ]
     last = steps[-1] if steps else None
     if last is not None and last.keys:
-        found.append(("keys read, last step", f"{last.reported:,} of {last.keys:,} ({last.reported / last.keys:.1%})"))
+        found.append(("of them, last step", f"{last.reported:,} of {last.keys:,} ({last.reported / last.keys:.1%})"))
     if last is not None and len(steps) > 1:
         found.append(("certificate", certificate(last)))
     bounds = [step.bound for step in sparse if step.bound is not None]
@@ -119,21 +121,21 @@ def view(text: str, found: Sequence[tuple[str, str]], width: int, height: int) -
 
 def summary(found: Sequence[tuple[str, str]]) -> Table:
     """The figures at the end."""
-    table = Table(show_header=False)
+    table = Table(show_header=False, caption=LEGEND, caption_justify="left")
     for name, shown in found:
         table.add_row(name, Text(shown))
     return table
 
 
 def curves(steps: Sequence[Step]) -> Figure:
-    """Share of keys read and the bounds on the error, step by step."""
+    """Share of keys attended to and the bounds on the error, step by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    read, error = figure.subplots(1, 2)
+    kept, error = figure.subplots(1, 2)
     sparse = [(i, step) for i, step in enumerate(steps) if step.keys]
-    read.plot([i for i, _ in sparse], [step.reported / step.keys for _, step in sparse], ".-", color="#0072b2")
-    read.set(ylim=(0, None), xlabel="token", title="keys read, share")
+    kept.plot([i for i, _ in sparse], [step.reported / step.keys for _, step in sparse], ".-", color="#0072b2")
+    kept.set(ylim=(0, None), xlabel="token", title=f"{ATTENDED}, share")
     bounds = [(i, step.bound.relative) for i, step in sparse if step.bound is not None]
     for part, name, colour in ((0, "median", "#0072b2"), (1, "worst", "#d55e00")):
         finite = [(i, relative[part]) for i, relative in bounds if math.isfinite(relative[part])]
@@ -143,6 +145,6 @@ def curves(steps: Sequence[Step]) -> Figure:
         error.set_yscale("log")
         error.legend(fontsize=8, frameon=False)
     error.set(xlabel="token", title="bound on the relative error, where finite")
-    for axis in (read, error):
+    for axis in (kept, error):
         axis.grid(alpha=0.25, linewidth=0.6)
     return figure

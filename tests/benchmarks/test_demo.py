@@ -207,6 +207,17 @@ def test_an_impossible_length_is_refused(arguments: list[str], capsys: pytest.Ca
     assert arguments[0] in capsys.readouterr().err
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "missing", lambda: None)
+    monkeypatch.setattr(demo, "demonstrate", lambda *call: pytest.fail("the work was begun"))
+    (tmp_path / "file").touch()
+    for option, path in (("--out", tmp_path / "file"), ("--out", tmp_path / "file" / "x"), ("--json", tmp_path)):
+        assert demo.main(["--out", str(tmp_path / "out"), option, str(path)]) == 2
+        assert capsys.readouterr().err.startswith(f"{option} must name a f")
+
+
 def test_prompt_and_steps_fit_the_context() -> None:
     assert demo.parse([]).prompt == 4096
     assert demo.parse(["--tokens", "8064"]).prompt == 8064

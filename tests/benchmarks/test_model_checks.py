@@ -89,7 +89,7 @@ def test_sequences_that_part_are_told(model: Any, monkeypatch: pytest.MonkeyPatc
     assert rows[2]["check"] == "bits" and rows[2]["measured"] == 0 and not rows[2]["holds"]
     monkeypatch.setattr(case, "SAME", {"refused": {"decode": BlockSampled(density=0.5)}})
     assert generated(model, notes) == [] and notes[0].startswith(
-        "generation without BlockSampled(density=0.5): policy must"
+        "generation without BlockSampled(density=0.5): decode: policy must"
     )
 
 
@@ -114,3 +114,24 @@ def test_pass_keys_that_sparse_steps_miss_are_counted(model: Any, monkeypatch: p
     row = case.retrieval(Reader(model, None), 64, 4)  # type: ignore[arg-type]
     assert (row["measured"], row["reference"], row["holds"]) == (2, 3, False)
     assert "of 4 with 64 tokens, 3 of them" in str(row["detail"]) and "-1.5000, dense -1.0000" in str(row["detail"])
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (["--tokens", "-4"], "tokens must be at least 26; got -4"),
+        (["--prompts", "0"], "prompts must be at least 1; got 0"),
+        (["--samples", "0"], "samples must be at least 1; got 0"),
+        (["--device", "meta"], "device must be cpu or cuda; got 'meta'"),
+    ],
+)
+def test_settings_that_leave_nothing_to_measure_are_refused(
+    option: list[str], reason: str, model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(["model-checks", *option]) == 2
+    assert capsys.readouterr().err == f"{reason}\n"
+
+
+def test_the_device_is_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm, "device_name", lambda device: f"a {device}")
+    assert run.head("model-checks", case, "", {"device": "thing", "dtype": "float32"})["device"] == "a thing"

@@ -143,7 +143,7 @@ def test_the_case_writes_rows_and_tables(tmp_path: Path, monkeypatch: pytest.Mon
         ("--tokens 600 128", "tokens must be at least 129; got 128"),
         ("--samples 0", "samples must be at least 1; got 0"),
         ("--tokens 140", "tokens must hold a sample of passkey with a context beyond 128 tokens; got 140"),
-        ("--device nowhere", "device must be one that torch knows; got 'nowhere'"),
+        ("--device nowhere", "device must be cpu or cuda; got 'nowhere'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,3 +192,71 @@ def test_a_missing_package_is_named_with_its_extra(
         monkeypatch.delitem(sys.modules, module)
     assert run.main(["index", "--quick"]) == 1
     assert "the case index needs the package faiss: pip install '.[bench]'" in capsys.readouterr().err
+
+
+class Stopped(Exception):
+    """As whatever ends a run midway."""
+
+
+def case_of(rows: int, fault: BaseException | None, watch: Callable[[], None] = lambda: None) -> Callable[..., Any]:
+    """In place of a case's rows: so many, a note, and perhaps a fault."""
+
+    def made(quick: bool, note: Callable[[str], None]) -> Iterator[dict[str, object]]:
+        note("a note")
+        for i in range(rows):
+            yield {"n": i}
+            watch()
+        if fault is not None:
+            raise fault
+
+    return made
+
+
+@pytest.mark.parametrize("fault", [Stopped("no more"), KeyboardInterrupt(), WrongAnswer("bad")], ids=repr)
+def test_a_run_that_stops_leaves_its_rows(
+    fault: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "index.json"
+    left = file.with_name("index.json.partial")
+    monkeypatch.setattr(index_case, "rows", case_of(3, fault))
+    if isinstance(fault, WrongAnswer):
+        assert run.main(["index", "--json", str(file)]) == 1
+        assert capsys.readouterr().err.endswith(f"stopped: bad; the rows so far are in {left}\n")
+    else:
+        with pytest.raises(type(fault)) as raised:
+            run.main(["index", "--json", str(file)])
+        assert raised.value.__notes__ == [f"the rows so far are in {left}"]
+    measured = json.loads(left.read_text())
+    assert set(measured) == HEAD and measured["rows"] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert measured["notes"] == ["a note"] and measured["case"] == "index"
+    assert list(file.parent.iterdir()) == [left]
+
+
+def test_a_run_that_ends_leaves_its_file_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, seen = tmp_path / "index.json", []
+    left = tmp_path / "index.json.partial"
+    left.write_text("of a run that was stopped before")
+    monkeypatch.setattr(
+        index_case, "rows", case_of(3, None, lambda: seen.append(len(json.loads(left.read_text())["rows"])))
+    )
+    assert run.main(["index", "--json", str(file)]) == 0
+    assert seen == [1, 2, 3] and list(tmp_path.iterdir()) == [file]
+    assert len(json.loads(file.read_text())["rows"]) == 3
+
+
+@pytest.mark.parametrize("name", ["folder", "file/below.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(index_case, "rows", case_of(1, Stopped("it was measured")))
+    assert run.main(["index", "--json", str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err.startswith(f"--json must name a file; {tmp_path / name}")
+
+
+def test_a_fault_before_the_first_row_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(index_case, "rows", case_of(0, Stopped("at once")))
+    with pytest.raises(Stopped):
+        run.main(["index", "--json", str(tmp_path / "index.json")])
+    assert not list(tmp_path.iterdir())

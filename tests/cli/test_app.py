@@ -8,6 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from benchmarks.cli import app as front
 from benchmarks.cli.app import app
 from benchmarks.cli.bench import first_line
 from benchmarks.cli.bench import report as written
+from benchmarks.gate import WrongAnswer
 from benchmarks.readme_table import README
 from benchmarks.run import CASES
 from proofs_checks.check import discover
@@ -171,6 +173,17 @@ def test_a_cases_own_options_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoked("bench", "index", "--", "--token", "512")[0] == 2
 
 
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_case(
+    option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(index_case, "rows", lambda *call: pytest.fail("the work was begun"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "below"):
+        status, out, err = invoked("bench", "index", option, str(path))
+        assert (status, out) == (2, "") and err.startswith(f"hsr bench: {option} must name a file"), err
+
+
 def test_figures_that_could_not_be_drawn_are_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -209,6 +222,29 @@ def test_a_wrong_answer_is_a_failure_in_one_line(monkeypatch: pytest.MonkeyPatch
     assert (status, out) == (1, "")
     assert "misjudged the score of" in err
     assert err.count("\n") == 1
+
+
+def test_a_case_that_fails_midway_leaves_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def made(quick: bool, note: object) -> Iterator[dict[str, int]]:
+        yield {"n": 1}
+        raise WrongAnswer("bad")
+
+    monkeypatch.setattr(index_case, "rows", made)
+    status, out, err = invoked("bench", "index", "--json", str(tmp_path / "index.json"))
+    left = tmp_path / "index.json.partial"
+    assert (status, out) == (1, "") and err == f"n 1\nhsr bench: bad; the rows so far are in {left}\n"
+    assert json.loads(left.read_text())["rows"] == [{"n": 1}]
+
+
+def test_who_stops_a_case_is_told_where_its_rows_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def made(quick: bool, note: object) -> Iterator[dict[str, int]]:
+        yield {"n": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_case, "rows", made)
+    status, _, err = invoked("bench", "index", "--json", str(tmp_path / "index.json"))
+    left = tmp_path / "index.json.partial"
+    assert status == 130 and f"hsr bench: the rows so far are in {left}\n" in err
 
 
 def test_statements_and_verdicts_are_a_table() -> None:

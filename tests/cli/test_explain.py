@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from benchmarks.cli import explain, key_facts, key_file, key_search
 from hsr.errors import ArgumentError
 from tests.cli.test_app import invoked
 
+HUGE = io.BytesIO()
+np.lib.format.write_array_header_1_0(HUGE, {"descr": "<f4", "fortran_order": False, "shape": (1 << 50, 64)})
+HUGE = HUGE.getvalue()  # of an array that no machine holds
 ASKED: dict[str, str | None] = dict.fromkeys(key_file.NAMES)
 
 
@@ -159,6 +163,9 @@ def test_parts_and_positions_of_kept_heads_are_taken(tmp_path: Path) -> None:
         ({"k": some(9, 2)}, ["--head", "1"], "--head must be below 1"),
         ({"k": np.array([[None, 1]])}, [], "must be an npz file of plain arrays"),
         ({"k": np.full((9, 2), 1e200)}, [], "finite products; theirs overflow"),
+        ({"k": some(9, 2), "v": some(9, 0)}, [], "values must be (1, 9, 'dv') to match keys, dv at least 1"),
+        ({"k": some(9, 2)}, ["--causal"], "--causal needs queries; got none"),
+        ({"k": some(9, 2)}, ["--scale", "nan"], "scale must be in "),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(
@@ -176,6 +183,57 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.npz"
     text.write_text("no archive")
     assert "as numpy.savez writes it" in invoked("explain", str(text))[2]
+    archive = tmp_path / "archive.npz"
+    for name, content in (("k.txt", b"hello"), ("k.npy", b"hello"), ("k.npy", HUGE)):
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr(name, content)
+        status, out, err = invoked("explain", str(archive))
+        assert (status, out) == (2, "") and err.count("\n") == 1
+        assert "FILE must be an npz file of plain arrays" in err
     half = tmp_path / "half.npz"
     half.write_bytes(saved(tmp_path / "a.npz", k=some(200, 8)).read_bytes()[:900])
     assert invoked("explain", str(half))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(np.float32, 1e-40), (np.float32, 1e30), *((np.float64, size) for size in (1e-300, 1e-40, 1e30, 1e140))],
+)
+def test_keys_of_any_finite_size_are_described(size: float, dtype: Any, tmp_path: Path) -> None:
+    """Where products leave float32, in which the baselines are, keys and queries are scaled alike."""
+    keys = (some(60, 8).astype(np.float64) * size).astype(dtype)
+    status, out, err = invoked("explain", str(saved(tmp_path / "a.npz", k=keys)))
+    assert (status, err) == (0, "")
+    assert "for the costs, keys are scaled by 2^" in out and "nan" not in out
+
+
+def test_scaling_is_exact_and_only_where_it_must_be() -> None:
+    for dtype, sizes in ((np.float16, (6e-8, 6e4)), (np.float32, (1e-9, 1e9)), (np.float64, (1e-9, 1e9))):
+        for size in sizes:
+            keys = np.array([[size, -size / 2]], dtype)
+            assert key_search.scaled(keys) == (keys, 0)
+    keys = np.array([[3.0, -1.0], [0.0, 2.0]])
+    for power in (-900, -130, 60, 900):
+        found, by = key_search.scaled(np.ldexp(keys, power))
+        assert np.array_equal(found, np.ldexp(keys, -2)) and by == -power - 2
+    assert key_search.scaled(np.zeros((2, 2)))[1] == 0
+
+
+def test_positions_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    for positions in (np.array([1.0, 5.0]), np.arange(3)):
+        file = saved(tmp_path / "a.npz", k=some(30, 4), q=some(2, 4), positions=positions)
+        said = key_file.read(file, ASKED, None, causal=False).said
+        assert said[-1] == (
+            f"every query sees every key: the array positions, {positions.dtype} {positions.shape}, is not one whole "
+            "number for each of 2 queries"
+        )
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "described", lambda *call: pytest.fail("the work was begun"))
+    file = saved(tmp_path / "a.npz", k=some(30, 4))
+    for folder in (file, file / "below"):
+        status, out, err = invoked("explain", str(file), "--save", str(folder))
+        assert (status, out) == (2, "") and err.startswith("hsr explain: --save must name a folder")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ def test_a_policy_that_keeps_every_key_writes_what_transformers_does(folder: Pat
     assert rows["tokens"] == f"{TOKENS} of {TOKENS}"
     assert rows["prompt"] == f"{len(PROMPT)} tokens, attention dense"
     dense = arguments[1] == "dense"
-    assert rows["keys read"] == ("all: no step was sparse" if dense else f"100.0%, of {TOKENS - 1} sparse steps")
+    assert rows["keys attended to"] == ("all: no step was sparse" if dense else f"100.0%, of {TOKENS - 1} sparse steps")
     assert rows["certificate"].startswith("dense: nothing" if dense else "deterministic: holds for every input")
 
 
@@ -78,13 +80,14 @@ def test_what_was_read_is_counted_and_what_is_known_is_said(folder: Path, tmp_pa
     )  # fmt: skip
     visible = len(PROMPT) + TOKENS - 1
     heads = LAYERS * HEADS
-    assert rows["keys read, last step"].startswith(f"{10 * heads} of {visible * heads:,} ")
+    assert rows["of them, last step"].startswith(f"{10 * heads} of {visible * heads:,} ")
     assert rows["steps"] == "attention TopR(r=10)"
     assert rows["prompt"].endswith("attention BlockSampled(density=1.0)")
     assert 0 < float(rows["dropped mass, at most"]) < 1
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 1
-    assert "<td>attention TopR(r=10)</td>" in text
+    assert "<td>attention TopR(r=10)</td>" in text and f"<p>{reading.LEGEND}</p>" in text
+    assert "keys read" not in text
     assert PROMPT.strip() in text
 
 
@@ -105,9 +108,9 @@ def test_a_certificate_is_as_strong_as_its_policy(folder: Path) -> None:
     assert rows["dropped mass, at most"] == "made up for by the sample's weights"
     _, rows = generated(folder, "--policy", "quest", "--budget", "16", "--dense-layer", "1", "--dense-layer", "2")
     assert rows["certificate"] == "none: the policy claims nothing of its error"
-    assert rows["keys read, last step"] == f"{13 * HEADS} of {109 * HEADS} (11.9%)", "the newest page is not full"
+    assert rows["of them, last step"] == f"{13 * HEADS} of {109 * HEADS} (11.9%)", "the newest page is not full"
     _, rows = generated(folder, "--dense-below", "999")
-    assert rows["keys read"] == "all: no step was sparse"
+    assert rows["keys attended to"] == "all: no step was sparse"
 
 
 def test_draws_follow_the_seed_and_prompts_come_from_files(folder: Path, tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_the_live_view_shows_the_end_of_the_text_and_vanishes(folder: Path, monk
     steps = [Step(33 + i, 0.5, 100 * (i > 0), 7, Bound("deterministic", 1.0, 0.01, (0.1, math.inf))) for i in range(4)]
     reader = transformers.AutoTokenizer.from_pretrained(folder)
     setting = reading.Setting("tiny", "TopR()", "dense", 9, 4)
-    assert generate.shown(setting, reader, steps[:1], iter(steps[1:])) == "ABCD"
+    assert generate.shown(setting, reader, steps[:1], iter(steps[1:])) == ("ABCD", True)
     seen = screen.getvalue()
     for part in ("ABCD", "7.0%, of 3 sparse steps", "0.1, worst unbounded", "500"):
         assert part in seen
@@ -158,6 +161,36 @@ def test_the_live_view_shows_the_end_of_the_text_and_vanishes(folder: Path, monk
     lines = narrow.export_text().splitlines()
     assert len(lines) <= 30
     assert any("last" in line for line in lines)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_who_stops_the_text_keeps_it(folder: Path, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopping() -> Iterator[Step]:
+        yield Step(34, 0.5, 0, 0, None)
+        raise KeyboardInterrupt
+
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=seen, width=110, height=20, color_system=None)
+    monkeypatch.setattr(terminal, "results", lambda: console)
+    reader = transformers.AutoTokenizer.from_pretrained(folder)
+    setting, made = reading.Setting("tiny", "TopR()", "dense", 9, 4), [Step(33, 0.5, 0, 0, None)]
+    assert generate.shown(setting, reader, made, stopping()) == ("AB", False)
+    assert screen.getvalue().rstrip().endswith("AB") and len(made) == 2
+
+
+def test_a_text_that_is_stopped_ends_with_its_figures_and_page(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = decoding.steps
+
+    def stopping(*call: Any) -> Iterator[Step]:
+        yield from itertools.islice(steps(*call), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoding, "steps", stopping)
+    page = tmp_path / "page.html"
+    status, out, _ = invoked("generate", str(folder), PROMPT, "--policy", "topr", "--html", str(page))
+    assert status == 130 and "3 of 64" in out and "3 tokens" in page.read_text()
 
 
 def test_a_reading_of_the_last_step_alone_is_not_subtracted() -> None:
@@ -203,7 +236,9 @@ def test_options_become_what_the_dataclass_says() -> None:
         (["--dense-below", "-1"], "--dense-below must be a number of tokens or auto; got '-1'"),
         (["--dense-layer", "7"], "dense_layers must be in 0..2; got 7"),
         (["--dtype", "int8"], "--dtype must be auto, float32, bfloat16, float16; got 'int8'"),
-        (["--device", "nowhere"], "--device must be a device that torch knows; got 'nowhere'"),
+        (["--device", "nowhere"], "--device must be cpu or cuda, with a number where there are more; got 'nowhere'"),
+        (["--device", "meta"], "--device must be cpu or cuda, with a number where there are more; got 'meta'"),
+        (["--device", "mps"], "--device must be cpu or cuda, with a number where there are more; got 'mps'"),
         (["--tokens", "999"], f"must fit the model's context of {CONTEXT}; they are {len(PROMPT) + 999:,}"),
         (["--prompt-file", "no such file"], "--prompt-file must be a text file that can be read"),
         (["--chat"], "this one has none"),
@@ -215,6 +250,24 @@ def test_what_cannot_be_done_is_refused_in_a_line(folder: Path, arguments: list[
     assert err.startswith("hsr generate: ")
     assert reason in err
     assert err.count("\n") == 1
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "tokenizer", lambda *call: pytest.fail("the work was begun"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "page.html"):
+        status, out, err = invoked("generate", str(folder), PROMPT, "--html", str(path))
+        assert (status, out) == (2, "") and err.startswith("hsr generate: --html must name a file")
+
+
+@pytest.mark.parametrize("temperature", ["5e-324", "1e-40", "1e300", "inf"])
+def test_any_temperature_gives_a_text(folder: Path, temperature: str) -> None:
+    """Near 0 it is the likeliest; no logits overflow."""
+    text, _ = generated(folder, "--policy", "dense", "--temperature", temperature)
+    if float(temperature) < 1:
+        assert text == plain(folder, PROMPT).splitlines()
 
 
 def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +284,7 @@ def test_a_model_that_is_not_there_is_named(folder: Path, tmp_path: Path, monkey
     assert "a file that exists where it ends with .gguf" in reason("none.gguf", "hi")
     for model in ("smollm2", "X.gguf"):
         assert f"--gguf needs a MODEL that is a folder or repository; got {model}" in reason(model, "hi", "--gguf", "y")
-    assert "could not be loaded" in reason(tmp_path, "hi")
+    said = reason(tmp_path, "hi")
+    assert "could not be loaded" in said and not said.rstrip().endswith(":") and len(said) < 500
     monkeypatch.setattr(language_model.smollm, "MODEL_PACKAGE", "no_such_package")
     assert "make .venv/.demo" in reason("smollm2", "hi")

@@ -221,6 +221,28 @@ def test_appended_tokens_are_coded_in_place_and_a_full_cache_refuses():
         assert_exact(output[b : b + 1], cache.lse[b : b + 1], wanted, torch.float16)
 
 
+@pytest.mark.parametrize("kept", [127, 128, 150])
+def test_a_shortened_cache_is_one_that_never_grew(kept):
+    """Whatever was coded of the tokens that are gone, blocks are coded anew before they are drawn from."""
+    k, v, q = inputs(1, 2, 2, 200, 64, seed=6)
+    others = inputs(1, 2, 2, 200, 64, seed=7)[:2]
+    found, wanted = (SampledCache(k[:, :, :150], v[:, :, :150], 4, Draws(32.0), 0.125, room=256) for _ in range(2))
+
+    def extend(cache, rows, first, last):
+        for t in range(first, last):
+            cache.append(*(part[:, :, t].contiguous() for part in rows))
+
+    extend(found, others, 150, 195)
+    found.shorten(195 - kept)
+    assert found.lengths.tolist() == [kept, kept] and torch.isfinite(attend(found, q)).all()
+    extend(found, (k, v), kept, 200)
+    extend(wanted, (k, v), 150, 200)
+    assert (found.lengths == wanted.lengths).all() and (found.keys[:, :, :200] == wanted.keys[:, :, :200]).all()
+    assert (found.codes[:, :192] == wanted.codes[:, :192]).all() and (found.drift() == wanted.drift()).all()
+    found.budget.fill_(ALL)
+    assert_exact(attend(found, q), found.lse, exact(q, k, v), torch.float16)
+
+
 def test_a_step_is_an_append_and_an_attend():
     k, v, q = inputs(1, 2, 2, 260, 64, seed=6)
     first, second = (SampledCache(k[:, :, :255], v[:, :, :255], 4, Draws(32.0), 0.125, room=320) for _ in range(2))

@@ -101,7 +101,9 @@ def test_beams_crops_and_copies_follow(model: Any) -> None:
     wanted = dense(model, ids, [400, *[1] * 20])
     cache = HSRCache(model.config, decode=ALL, dense_below=0)
     passes(model, cache, ids, [400, *[1] * 20])
+    steps = [layer.steps for layer in cache.layers]
     cache.crop(-20)
+    assert all(layer.steps is one and one.told == 400 for layer, one in zip(cache.layers, steps, strict=True))
     twin = copy.deepcopy(cache)
     for one in (cache, twin):
         near(passes(model, one, ids[:, 400:], [1] * 20), wanted[:, 400:])
@@ -164,9 +166,11 @@ def test_captured_steps_follow_a_cache_that_was_used_otherwise(model: Any) -> No
     found = [steps(ids[:, 401:402])[:, None].float().clone()]
     found.append(passes(model, cache, ids[:, 402:], [1]))
     found.append(steps(ids[:, 403:404])[:, None].float().clone())
+    graph = steps._graph
     cache.crop(-1)
     found[-1] = passes(model, cache, ids[:, 403:], [1])
     found.append(steps(ids[:, 404:405])[:, None].float().clone())
+    assert steps._graph is graph, "a crop moves no memory"
     near(torch.cat(found, 1), wanted[:, :4])
     cache.reset()
     passes(model, cache, ids, [400, 1])

@@ -115,7 +115,7 @@ def test_a_cache_never_moves_what_it_holds_but_to_double_it() -> None:
     assert len(places) == 2
 
 
-def test_the_report_counts_what_steps_read() -> None:
+def test_the_report_counts_what_steps_attended_to() -> None:
     model, inputs = model_of(FAMILIES["llama"]), prompts(60, padding=20)
     cache: Any = None
 

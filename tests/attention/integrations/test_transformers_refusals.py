@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import transformers
 
 from attention import BlockSampled, Dense, ReLUPower, TopR
-from attention.integrations import layer, masks, trial
+from attention.integrations import layer, masks, trial, window_layer
 from attention.integrations.transformers import NAME, HSRCache, attention
 from attention.selectors import Quest
 from hsr.errors import ArgumentError
@@ -74,16 +75,31 @@ def test_what_is_not_supported_raises() -> None:
         model(**inputs, past_key_values=cache)
     model.set_attn_implementation(NAME)
     for options, what in (
-        ({"decode": BlockSampled(density=0.5)}, "policy must choose keys row by row"),
-        ({"decode": TopR}, "policy must be"),
+        ({"decode": BlockSampled(density=0.5)}, "decode: policy must choose keys row by row"),
+        ({"decode": TopR}, "decode: policy must be"),
+        ({"decode": "abc"}, "decode: policy must be .* got 'abc'"),
+        ({"prefill": "abc"}, "prefill must be a policy of attention.prefill; got 'abc'"),
         ({"prefill": Quest(budget=32)}, "prefill must be a policy of attention.prefill"),
         ({"prefill": ReLUPower(1)}, "prefill must be a policy of attention.prefill"),
         ({"decode": [TopR(3)]}, "decode must be a policy, or one for each of 3 layers; got 1"),
         ({"dense_layers": (3,)}, "dense_layers"),
+        ({"dense_layers": 1}, "dense_layers must be a collection of layers; got 1"),
         ({"dense_below": -1}, "dense_below"),
     ):
         with pytest.raises(ArgumentError, match=what):
             HSRCache(model.config, **options)
+
+
+def test_a_cache_of_another_config_is_refused() -> None:
+    model, ids = model_of(FAMILIES["llama"]), prompts()["input_ids"]
+    model.set_attn_implementation(NAME)
+    for other in (model, None, {}):
+        with pytest.raises(ArgumentError, match=f"config must be a model's config; got {type(other).__name__}"):
+            HSRCache(other)
+    fewer = copy.deepcopy(model.config)
+    fewer.num_hidden_layers, fewer._attn_implementation = 2, NAME
+    with pytest.raises(ArgumentError, match="config must be the model's own: it has 2 layers; got rows of layer 2"):
+        passes(model, HSRCache(fewer), ids, [60])
 
 
 def test_holes_in_the_mask_are_served_densely_or_refused() -> None:
@@ -209,7 +225,7 @@ def test_dtypes_that_autocast_mixes_are_refused_where_policies_serve() -> None:
 
 
 def test_windows_take_one_row_a_token() -> None:
-    one, rows = layer.WindowLayer(8), torch.randn(1, 2, 5, 8)
+    one, rows = window_layer.WindowLayer(8), torch.randn(1, 2, 5, 8)
     one.update(rows, rows)
     with pytest.raises(ArgumentError, match="query must have 5 rows"):
         one.attend(torch.nn.Module(), rows[:, :, 1:], None, masks.Seen(), scaling=1.0)

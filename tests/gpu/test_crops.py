@@ -1,0 +1,115 @@
+"""Crops of a layer whose steps are one cache's, on the GPU or interpreted: its codes stay, and are of what is held."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+pytest.importorskip("transformers", reason="layers are transformers'")
+
+from attention import Sampled  # noqa: E402
+from attention.integrations import layer  # noqa: E402
+from attention.integrations.masks import Seen  # noqa: E402
+from attention.integrations.steps import Fused  # noqa: E402
+from attention.integrations.trial import PromptTrials  # noqa: E402
+from tests.gpu.interpreted import HERE, normal, pytestmark  # noqa: E402, F401
+
+G, H, D = 2, 4, 64
+
+
+class Rows:
+    """A layer, the rows that it is to hold, and passes over both."""
+
+    def __init__(self, least: int = 0, budget: float = 1e6) -> None:
+        self.layer = layer.HSRLayer(Sampled(budget=budget), None, least, PromptTrials())
+        self.held = tuple(normal(1, G, 0, D, dtype=torch.float16) for _ in range(2))
+        self.passes = 0
+
+    @torch.no_grad()
+    def take(self, count: int) -> None:
+        """So many rows at once; outputs are those of exact attention."""
+        self.passes += 1
+        q, *new = (normal(1, h, count, D, seed=7 * self.passes + h, dtype=torch.float16) for h in (H, G, G + 1))
+        new[1] = new[1][:, :G].contiguous()
+        self.layer.update(*new)
+        self.held = tuple(torch.cat(pair, 2) for pair in zip(self.held, new, strict=True))
+        module = torch.nn.Module()
+        module.num_key_value_groups = H // G
+        found = self.layer.attend(module, q, None, Seen(), scaling=0.125)
+        k, v = (part.double().repeat_interleave(H // G, 1) for part in self.held)
+        n = k.shape[2]
+        seen = torch.arange(n, device=HERE) <= torch.arange(n - count, n, device=HERE)[:, None]
+        wanted = torch.nn.functional.scaled_dot_product_attention(q.double(), k, v, seen, scale=0.125)
+        assert (found.double() - wanted.transpose(1, 2)).norm() < 5e-3 * wanted.norm()
+
+    def crop(self, count: int) -> None:
+        self.layer.crop(-count)
+        self.held = tuple(part[:, :, : part.shape[2] - count] for part in self.held)
+        for found, wanted in zip((self.layer.keys, self.layer.values), self.held, strict=True):
+            assert torch.equal(found, wanted)
+        assert self.layer.get_seq_length() == self.held[0].shape[2]
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one cache on the CPU, too."""
+    if HERE == "cpu":
+        monkeypatch.setattr(layer, "fuses", lambda *call: True)
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_crop_keeps_the_codes() -> None:
+    rows = Rows()
+    rows.take(130)
+    for _ in range(3):
+        rows.take(1)
+    steps = rows.layer.steps
+    assert isinstance(steps, Fused)
+    codes, lengths = steps.cache.codes, steps.cache.lengths
+    for count, more in ((2, 5), (7, 1), (0, 1), (64, 3)):
+        rows.crop(count)
+        if count:
+            assert steps.steps == steps.keys == steps.reported() == 0, "what was counted is gone"
+        rows.take(more)
+        n = rows.layer.get_seq_length()
+        assert rows.layer.steps is steps and steps.told == n
+        assert steps.cache.codes is codes and steps.cache.lengths is lengths and lengths.tolist() == [n] * G
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_crop_of_most_tokens_or_below_the_bound_makes_steps_anew() -> None:
+    for least, count in ((0, 71), (100, 40)):
+        rows = Rows(least)
+        rows.take(130)
+        rows.take(1)
+        assert isinstance(rows.layer.steps, Fused)
+        rows.crop(count)
+        assert rows.layer.steps is None
+        rows.take(1)
+        assert isinstance(rows.layer.steps, Fused) == (least == 0)
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_cache_made_in_inference_mode_may_be_cropped_outside_of_it() -> None:
+    rows = Rows()
+    with torch.inference_mode():
+        rows.take(130)
+        rows.take(1)
+    rows.crop(1)
+    rows.take(1)
+    with torch.inference_mode():
+        rows.crop(1)
+        rows.take(1)
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_crop_of_tokens_that_nobody_attended_to_is_served() -> None:
+    rows = Rows()
+    rows.take(130)
+    rows.take(1)
+    one = normal(1, G, 1, D, seed=99, dtype=torch.float16)
+    rows.layer.update(one, one)
+    rows.held = tuple(torch.cat([part, one], 2) for part in rows.held)
+    rows.crop(2)
+    rows.take(1)
