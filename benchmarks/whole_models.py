@@ -54,8 +54,8 @@ SMOLLM = {
 }  # fmt: skip
 SHAPES = (
     Shape("llama-8b, 4 layers", LLAMA | {"num_hidden_layers": 4}, LENGTHS, 1 << 17),
-    Shape("smollm2-135m", SMOLLM | {"num_hidden_layers": 30}, LENGTHS[::2], 1 << 16),
     Shape("llama-8b", LLAMA | {"num_hidden_layers": 32}, (1024, 8192, 32768, 131072, 524288), 1 << 15),
+    Shape("smollm2-135m", SMOLLM | {"num_hidden_layers": 30}, LENGTHS[::2], 1 << 16),
 )
 Held = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer
 
