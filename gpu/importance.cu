@@ -30,7 +30,7 @@ struct Arguments {
 struct Shared {
   alignas(1024) u8 k[STAGES][TILE];
   alignas(1024) u8 q[TILE];
-  alignas(16) u8 out[2][2][LINES][64 + 16];  // by group and turn
+  alignas(16) u16 out[2][2][LINES][32 + 8];  // by group and turn: of keys r and r + 8 of 16
   alignas(16) float share[STAGES][LINES];
   alignas(16) signed char far[STAGES][KEYS];
   int item;
@@ -63,10 +63,19 @@ __device__ __forceinline__ void column(int i, int &line, int &of) {
   line = j / (R / 2) * 4 + i % 8 / 2, of = j % (R / 2) * 2 + i % 2;
 }
 
-// 2^x of min(x, 0), at most 6 % more, from SHIFT + x: in that sum's last 23 bits stands (x + 127) * 2^10.
-constexpr float MAGIC = 12288.f, SHIFT = MAGIC + 127.f;
-__device__ __forceinline__ float rough_power(float shifted) {
-  return __int_as_float(__float_as_int(fminf(fmaxf(shifted, MAGIC + 1.f), SHIFT)) << 13);
+// Powers of two min(2^x, 1) of two numbers at once, within 3 %: the bits of bfloat16s, linear between whole exponents.
+// The arguments are (x + BIAS) / 127; sums of them in bfloat16 keep the three bits that a code has of them.
+constexpr float BIAS = 127.f - 0.043f, MAGIC = 12582912.f;  // whose last 16 bits are zero, and whose units are 1
+__device__ __forceinline__ float within(float x, float factor, float y) {  // 0 .. 1
+  float t; asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(t) : "f"(x), "f"(factor), "f"(y)); return t;
+}
+__device__ __forceinline__ u32 powers(float low, float high) {
+  constexpr float UNITS = 127.f * 128.f;
+  return __byte_perm(__float_as_uint(fmaf(low, UNITS, MAGIC)), __float_as_uint(fmaf(high, UNITS, MAGIC)), 0x5410);
+}
+__device__ __forceinline__ u32 plus(u32 a, u32 b) { u32 y; asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b)); return y; }
+__device__ __forceinline__ u32 plus_product(u32 a, u32 b, u32 c) {  // a b + c
+  u32 y; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c)); return y;
 }
 
 __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
@@ -119,8 +128,9 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
 __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
   const int thread = threadIdx.x - 128, group = thread / 128, warp = thread / 32 % 4, lane = thread % 32, r = lane / 4, c = lane % 4;
   const int base = 64 * group + 16 * warp + r;  // a thread has keys base and base + 8
-  const float factor = 2.f * a.scale * LOG2E;
-  float even[64], odd[64], twice[32];  // scores of two tiles; less twice the log-sums of their columns
+  const float factor = 2.f * a.scale * LOG2E / 127.f;
+  constexpr u32 PART = (127 - (R == 2 ? 1 : R == 4 ? 2 : R == 8 ? 3 : R == 16 ? 4 : 5)) * 0x00800080;  // twice 1 / R
+  float even[64], odd[64], less[32];  // scores of two tiles; what their columns take off
   int round = 0;
   for (int turn = 0;; turn++) {
     await(s.q_full, turn & 1);
@@ -132,12 +142,11 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
       int line, of;
       column(8 * (i / 2) + 2 * c + i % 2, line, of);
       line += item.line;
-      twice[i] = (i % 2 ? SHIFT : 0.f) - (line < a.lines ? 2.f * a.sums[((i64)item.local * a.lines + line) * R + of] : 0.f);
+      less[i] = (BIAS - (line < a.lines ? 2.f * a.sums[((i64)item.local * a.lines + line) * R + of] : 0.f)) / 127.f;
     }
     auto multiply = [&](float (&score)[64], int at) {
       const int stage = at % STAGES;
       await(s.k_full[stage], at / STAGES & 1);
-      see_copies();
       pinned(score);
       begin();
       #pragma unroll
@@ -150,33 +159,35 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
     auto write = [&](float (&score)[64], int at, int first) {  // what was multiplied; its keys may be forgotten
       const int stage = at % STAGES;
       pinned(score);
-      float share[SLOTS];
+      u32 share[SLOTS];  // twice, as bfloat16s
       #pragma unroll
-      for (int i = 0; i < SLOTS; i++) share[i] = s.share[stage][4 * i + c];
-      const int far[2] = {s.far[stage][base] + 223 - 4 * 127, s.far[stage][base + 8] + 223 - 4 * 127};
+      for (int i = 0; i < SLOTS; i++) share[i] = __byte_perm(__float_as_uint(s.share[stage][4 * i + c]), 0, 0x3232);
+      const u32 far = __byte_perm(s.far[stage][base] + 223 - 4 * 127, s.far[stage][base + 8] + 223 - 4 * 127, 0x5410);
       __syncwarp();
       if (lane == 0) arrive(s.k_empty[stage]);
-      u8 (*out)[64 + 16] = s.out[group][at & 1];
+      u16 (*out)[32 + 8] = s.out[group][at & 1];
       #pragma unroll
-      for (int i = 0; i < SLOTS; i++)
+      for (int i = 0; i < SLOTS; i++) {
+        u32 square = 0;
         #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          float square = 0.f;
-          #pragma unroll
-          for (int j = 0; j < R; j++) {
-            const int column = i * (R / 2) + j / 2;  // eights of columns
-            const float x = score[4 * column + 2 * h + j % 2], y = twice[2 * column + j % 2];
-            // every other power by arithmetic, which the unit for powers would be too slow for
-            square += j % 2 ? rough_power(fmaf(x, factor, y)) : exp2_(fminf(fmaf(x, factor, y), 0.f));
-          }
-          const int code = (__float_as_int(fmaf(square, 1.f / R, share[i])) >> 21) + far[h];
-          out[4 * i + c][16 * warp + r + 8 * h] = (u8)min(max(code, 0), 255);
+        for (int j = 0; j < R; j++) {
+          const int column = i * (R / 2) + j / 2;  // eights of columns
+          const float y = less[2 * column + j % 2], *x = score + 4 * column + j % 2;
+          const u32 both = powers(within(x[0], factor, y), within(x[2], factor, y));
+          square = j ? plus(square, both) : both;
         }
+        const u32 found = __viaddmin_s16x2_relu(plus_product(square, PART, share[i]) >> 5 & 0x07FF07FF, far, 0x00FF00FF);
+        out[4 * i + c][8 * warp + r] = (u16)__byte_perm(found, 0, 0x4420);
+      }
       asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
       for (int i = thread % 128; i < LINES * 4; i += 128) {
         const int line = item.line + i / 4, part = i % 4 * 16;
         if (line < a.lines && first < (a.keys - a.rows + line * ROWS) / KEYS * KEYS)
-          *(uint4 *)(a.codes + ((i64)item.local * a.lines + line) * a.room + first + 64 * group + part) = *(const uint4 *)&out[i / 4][part];
+        {
+          const uint4 x = *(const uint4 *)&out[i / 4][part / 2];  // keys 0, 8, 1, 9, ..
+          *(uint4 *)(a.codes + ((i64)item.local * a.lines + line) * a.room + first + 64 * group + part) =
+              make_uint4(__byte_perm(x.x, x.y, 0x6420), __byte_perm(x.z, x.w, 0x6420), __byte_perm(x.x, x.y, 0x7531), __byte_perm(x.z, x.w, 0x7531));
+        }
       }
     };
     const int tiles = item.tiles();
@@ -196,7 +207,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
 
 extern "C" __global__ void __launch_bounds__(384, 1) importance(const __grid_constant__ Arguments a) {
   extern __shared__ u8 memory[];
-  Shared &s = *reinterpret_cast<Shared *>(((u64)memory + 1023) / 1024 * 1024);
+  Shared &s = *reinterpret_cast<Shared *>(memory + (-address(memory) & 1023));  // known to lie in shared memory
   if (threadIdx.x == 0) {
     initialise(s.q_full, 129), initialise(s.q_empty, 8);
     for (int i = 0; i < STAGES; i++) initialise(s.k_full[i], 129), initialise(s.k_empty[i], 8);
