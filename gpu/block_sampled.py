@@ -18,7 +18,7 @@ import triton.language as tl
 from attention.key_lists import KEYS, ROWS, KeyLists, budget, edges, row_blocks
 from gpu import hopper, pacing
 from gpu.codes import UNIT, mixed
-from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool
+from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool, typical
 from gpu.sampled import seed_word
 from gpu.tensors import where_it_lies
 
@@ -117,6 +117,7 @@ def draw(
 
 
 COLUMNS = 128  # representative rows that a program of `code` takes
+REPRESENTED = 64  # representative rows that a program of `normalise` takes
 TILE = 1024  # codes that `count` and `draw` take at once
 GRID = 65535  # programs that the second axis of a launch may have
 BYTES = 1 << 31  # of codes that are kept at once, but for a single head's: heads beyond that wait
@@ -169,6 +170,8 @@ def key_lists(
     if room == 0:
         return KeyLists(offsets, tokens, weights)
     slab = min(max(BYTES // (T * room), 1), GRID)
+    together = q.shape[1] // k.shape[1]  # heads of the same keys
+    slab -= slab % together if slab > together else 0
     for first in range(0, heads, slab):
         many = min(slab, heads - first)
         drawn = plan.drawn(first, many, kept, seed_word(seed), head)
@@ -231,9 +234,12 @@ class _Plan:
         )
         self._means = torch.empty(B * g, n // KEYS, d, dtype=k.dtype, device=k.device)
         self._far = torch.empty(B * g, triton.cdiv(n, KEYS) * KEYS, dtype=torch.int8, device=k.device)
-        pool[(triton.cdiv(n, KEYS), B * g)](
-            k, v, self._means, self._far, *k.stride()[:3], *v.stride()[:3], n, g, D=d, DV=v.shape[3], KEYS=KEYS,
-            num_warps=8,
+        centres = torch.empty(B * g, v.shape[3], dtype=torch.float32, device=k.device)
+        squares = torch.empty(B * g, dtype=torch.float32, device=k.device)
+        typical[(B * g,)](v, centres, squares, *v.stride()[:3], n, g, DV=v.shape[3], KEYS=KEYS, num_warps=8)
+        pool[(triton.cdiv(n, KEYS), B * g, 2)](
+            k, v, centres, squares, self._means, self._far, *k.stride()[:3], *v.stride()[:3], n, g, D=d,
+            DV=v.shape[3], KEYS=KEYS, num_warps=8,
         )  # fmt: skip
 
     def drawn(self, first: int, many: int, kept: float, seed: int, offset: int = 0) -> _Drawn:
@@ -247,26 +253,13 @@ class _Plan:
 
         sums, shares = new(many, T, R, dtype=torch.float32), new(many, n // KEYS, T, dtype=torch.float32)
         common = {"G": h // g, "D": d, "R": R, "ROWS": ROWS, "KEYS": KEYS, "CAUSAL": self._causal}
-        strides = (*q.stride()[:3], *k.stride()[:3])
-        lines = max(16 // R, 1)
-        normalise[(triton.cdiv(T, lines), many)](
-            q,
-            k,
-            self._means,
-            sums,
-            shares,
-            *strides,
-            m,
-            n,
-            h,
-            first,
-            T,
-            self._scale,
-            LINES=lines,
-            num_warps=4,
-            num_stages=stages(d),
-            **common,
-        )
+        together = self._together(first, many)
+        padded = triton.next_power_of_2(together)
+        lines = max(min(16, REPRESENTED // padded) // R, 1)  # of more the bands would be read for too few rows each
+        normalise[(triton.cdiv(T, lines), many // together)](
+            q, k, self._means, sums, shares, *q.stride()[:3], *k.stride()[:3], m, n, h, first, T, self._scale,
+            LINES=lines, TOGETHER=together, PADDED=padded, num_warps=4, num_stages=stages(d), **common,
+        )  # fmt: skip
         codes = new(many, T, room, dtype=torch.uint8)
         self._code(sums, shares, codes, first)
         counts = new(many, T, 256, dtype=torch.int32)
@@ -283,6 +276,11 @@ class _Plan:
         starts, lengths = new(many, T, dtype=torch.int32), new(many, T, dtype=torch.int64)
         size[(T, many)](counts, chances, starts, lengths, seed, offset + first, T, chances.shape[1], num_warps=4)
         return _Drawn(codes, chances, starts, lengths, n - m)
+
+    def _together(self, first: int, many: int) -> int:
+        """How many of the heads at work read the same keys and are few enough for a program of `normalise`."""
+        G = math.gcd(self._q.shape[1] // self._k.shape[1], first, many)
+        return G if triton.next_power_of_2(G) * self._rows <= REPRESENTED else 1
 
     def _code(self, sums: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, first: int) -> None:
         q, k, R = self._q, self._k, self._rows

@@ -166,12 +166,16 @@ def importance_cases() -> Iterator[Case]:
     """The shapes that `gpu.block_sampled` launches, keys read first, then their codes."""
     counts = {"HISTOGRAMS": "*i32", "CHANCES": "*i32", "STARTS": "*i32"}
     for D in (64, 128, 256):
-        yield Case(importance.pool, {"D": D, "DV": D, "KEYS": 128}, 8, "", {"MEANS": "*bf16", "FAR": "*i8"})
+        kinds = {"MEANS": "*bf16", "SHARES": "*fp32", "FAR": "*i8", "CODES": "*u8"}
+        kinds |= {"CENTRES": "*fp32", "SQUARES": "*fp32"}
+        yield Case(importance.typical, {"DV": D, "KEYS": 128}, 8, "", kinds)
+        yield Case(importance.pool, {"D": D, "DV": D, "KEYS": 128}, 8, "", kinds)
         for R, causal in ((4, False), (8, False), (8, True), (16, True)):
             shape = {"G": 4, "D": D, "R": R, "ROWS": 128, "KEYS": 128, "CAUSAL": causal}
-            kinds = {"MEANS": "*bf16", "SHARES": "*fp32", "FAR": "*i8", "CODES": "*u8"}
             fitting = block_sampled.stages(D)
-            yield Case(importance.normalise, shape | {"LINES": 16 // R}, 4, "MMA", kinds, fitting)
+            for together in (1, 4):
+                split = {"LINES": 16 // R, "TOGETHER": together, "PADDED": together}
+                yield Case(importance.normalise, shape | split, 4, "MMA", kinds, fitting)
             lines = block_sampled.COLUMNS // R
             yield Case(importance.code, shape | {"LINES": lines, "STAGES": fitting}, 8, "MMA", kinds)
     tile = {"ROWS": 128, "KEYS": 128, "TILE": block_sampled.TILE}
