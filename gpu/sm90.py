@@ -180,7 +180,11 @@ def importance_cases() -> Iterator[Case]:
             yield Case(importance.code, shape | {"LINES": lines, "STAGES": fitting}, 8, "MMA", kinds)
     tile = {"ROWS": 128, "KEYS": 128, "TILE": block_sampled.TILE}
     yield Case(block_sampled.count, tile, 4, "", counts | {"CODES": "*u8"})
-    yield Case(block_sampled.threshold, {}, 4, "", {"HISTOGRAMS": "*fp64", "BUDGETS": "*fp64", "CHANCES": "*i32"})
+    summed = {"TOGETHER": block_sampled.SUMMED}
+    yield Case(block_sampled.threshold, summed, 8, "", counts | {"budget": "i64"})
+    yield Case(
+        block_sampled.places, {"FIRST": True, "TILE": block_sampled.TILE}, 4, "", {"LENGTHS": "*i64", "OFFSETS": "*i64"}
+    )
     yield Case(pacing.pace, {"LATER": pacing.AHEAD}, 1, "", {"OWN": "*i32", "EXPECTED": "*fp64", "LEFT": "*fp64"})
     yield Case(block_sampled.size, {}, 4, "", counts | {"LENGTHS": "*i64"})
     rest = {"CODES": "*u8", "OFFSETS": "*i64", "TOKENS": "*i32", "LOG_WEIGHTS": "*fp32"}
