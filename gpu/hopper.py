@@ -202,4 +202,4 @@ def draw(
         codes.data_ptr(), None, *map(_address, (chances, starts, offsets, tokens, weights)), len(tokens), shift, lines,
         room, chances.shape[1],
     )  # fmt: skip
-    _launch("codes.cu", "draw", {}, (-(-lines // 4), many), 128, arguments, codes.device)
+    _launch("codes.cu", "draw", {}, (lines, many), 32, arguments, codes.device)
