@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from attention.key_lists import KeyLists, row_blocks
+from attention.key_lists import KEYS, KeyLists, row_blocks
 from hsr.errors import BackendUnavailable
 
 STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
 REPRESENTATIVES = (2, 4, 8, 16, 32)  # rows of a block that `importance.cu` has a form for
 CODES_STAGES = 4  # tiles of keys that wait to be scored
+ITEMS, SHORTEST, LONGEST = 8, 4, 32  # of a processor, so that all end together; their tiles
 THREADS = 384  # of a program: one group that asks for tiles, two that multiply
 
 
@@ -42,7 +43,7 @@ Listed = _structure(
 Importance = _structure(
     "q sums shares far codes counter",
     "q_b q_h q_m",
-    "rows keys heads groups first_head many lines room together",
+    "rows keys heads groups first_head many lines room together chunk",
     True,
     mapped=True,
 )
@@ -173,9 +174,11 @@ def importance(
     settings = {"D": d, "BF16": int(q.dtype == torch.bfloat16), "R": sums.shape[2], "CAUSAL": int(causal)}
     settings["STAGES"] = CODES_STAGES
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    tiles = many * sums.shape[2] * lines * (n - m + room) // (4 * KEYS * KEYS)  # of 128 keys and 256 rows
+    chunk = KEYS * min(max(tiles // (ITEMS * _processors(q.device)), SHORTEST), LONGEST)
     arguments = Importance(
         _tensor_map(k), *map(_address, (q, sums, shares, far, codes, counter)), *q.stride()[:3], m, n, h, h // g, first,
-        many, lines, room, math.gcd(h // g, first, many), scale,
+        many, lines, room, math.gcd(h // g, first, many), chunk, scale,
     )  # fmt: skip
     _launch("importance.cu", "importance", settings, (_processors(q.device), 1), THREADS, arguments, q.device)
 

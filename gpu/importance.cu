@@ -14,7 +14,6 @@ constexpr int PLACES = 128 / R;       // of a consumer
 constexpr int ALL = GROUPS * PLACES;
 constexpr int SLOTS = PLACES / 4;     // of a consumer's places, those whose scores a thread holds
 constexpr int PIECES = PLACES > 32 ? PLACES / 32 : 1;  // 16 codes each that a thread writes of a tile
-constexpr int CHUNK = 16 * KEYS;      // keys that a program takes at once
 
 struct alignas(64) Map { u8 bytes[128]; };
 
@@ -26,7 +25,8 @@ struct Arguments {
   u8 *codes;                       // (many, lines, room)
   int *counter;                    // zero
   i64 q_b, q_h, q_m;
-  int rows, keys, heads, groups, first_head, many, lines, room, together;  // heads side by side, of the many at work
+  int rows, keys, heads, groups, first_head, many, lines, room;
+  int together, chunk;             // heads side by side, of the many at work; keys that a program takes at once
   float scale;
 };
 
@@ -55,20 +55,24 @@ struct Cursor {
     return edge(a, min((group * ALL + ALL - 1) / a.together, a.lines - 1));
   }
   __device__ __forceinline__ explicit Cursor(const Arguments &a) : here(groups(a)) {}
-  __device__ __forceinline__ Item next(const Arguments &a) {
-    const int item = atomicAdd(a.counter, 1), all = groups(a);
+  __device__ __forceinline__ Item next(const Arguments &a, bool first) {
+    const int all = groups(a), item = first ? blockIdx.x : gridDim.x + atomicAdd(a.counter, 1);
     for (; bundle < a.many / a.together; bundle++, chunk = 0, here = all)
       for (; here; chunk++) {
-        while (here && stop(a, all - here) <= chunk * CHUNK) here--;
+        while (here && stop(a, all - here) <= chunk * a.chunk) here--;
         if (item < before + here) {
           const int group = all - 1 - (item - before);
-          return {bundle, group * ALL, chunk * CHUNK, min(stop(a, group), (chunk + 1) * CHUNK)};
+          return {bundle, group * ALL, chunk * a.chunk, min(stop(a, group), (chunk + 1) * a.chunk)};
         }
         before += here;
       }
     return {-1, 0, 0, 0};
   }
 };
+
+// A consumer asks for products when the other's first ones have ended: while one multiplies, the other writes.
+__device__ __forceinline__ void take_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(4 + group) : "memory"); }
+__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(5 - group) : "memory"); }
 
 // Where the representative row of a column of a consumer's product lies: row `of` of place `place`.
 __device__ __forceinline__ void column(int i, int &place, int &of) {
@@ -99,7 +103,7 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
   for (int turn = 0;; turn++) {
     const int now = turn & 1;
     await(s.q_empty[now], (turn / 2 & 1) ^ 1);
-    if (thread == 0) s.item[now] = cursor.next(a);
+    if (thread == 0) s.item[now] = cursor.next(a, turn == 0);
     asm volatile("bar.sync 1, 128;" ::: "memory");
     const Item item = s.item[now];
     if (item.bundle < 0) {
@@ -155,11 +159,12 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
   constexpr u32 PART = (127 - (R == 2 ? 1 : R == 4 ? 2 : R == 8 ? 3 : R == 16 ? 4 : 5)) * 0x00800080;  // twice 1 / R
   float even[64], odd[64], less[32];  // scores of two tiles; what their columns take off
   int round = 0;
+  if (group == 1) give_turn(group);
   for (int turn = 0;; turn++) {
     const int now = turn & 1;
     await(s.q_full[now], turn / 2 & 1);
     const Item item = s.item[now];
-    if (item.bundle < 0) return;
+    if (item.bundle < 0) break;
     see_copies();
     #pragma unroll
     for (int i = 0; i < 16; i++) {
@@ -218,9 +223,12 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
         }
     };
     for (int first = item.first; first < item.stop; first += KEYS, round += 2) {  // one is multiplied while one is written
+      await(s.k_full[round % STAGES], round / STAGES & 1);
+      take_turn(group);
       multiply(even, round);
       multiply(odd, round + 1);
       finish<1>();
+      give_turn(group);
       write(even, round, first);
       finish<0>();
       write(odd, round + 1, first + HALF);
@@ -228,6 +236,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
     __syncwarp();
     if (lane == 0) arrive(s.q_empty[now]);  // its products have ended
   }
+  if (group == 0) take_turn(group);  // what the other gave last
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) importance(const __grid_constant__ Arguments a) {
