@@ -311,7 +311,7 @@ class _Plan:
 
     def _code(self, sums: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, first: int) -> None:
         q, k, R = self._q, self._k, self._rows
-        if R in hopper.REPRESENTATIVES and hopper.serves(q, k, k):
+        if R in hopper.CODES_STAGES and hopper.serves(q, k, k):
             hopper.importance(q, k, sums, shares, self._far, codes, first, self._causal, self._scale)
             return
         h, m, d = q.shape[1:]

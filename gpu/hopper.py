@@ -17,8 +17,7 @@ from attention.key_lists import KEYS, KeyLists, row_blocks
 from hsr.errors import BackendUnavailable
 
 STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
-REPRESENTATIVES = (2, 4, 8, 16, 32)  # rows of a block that `importance.cu` has a form for
-CODES_STAGES = 4  # tiles of keys that wait to be scored
+CODES_STAGES = {2: 4, 4: 5, 8: 5, 16: 5, 32: 5}  # tiles of keys that wait to be scored, by representative rows
 ITEMS, SHORTEST, LONGEST = 8, 4, 32  # of a processor, so that all end together; their tiles
 THREADS = 384  # of a program: one group that asks for tiles, two that multiply
 
@@ -172,7 +171,7 @@ def importance(
     g, n = k.shape[1:3]
     many, lines, room = codes.shape
     settings = {"D": d, "BF16": int(q.dtype == torch.bfloat16), "R": sums.shape[2], "CAUSAL": int(causal)}
-    settings["STAGES"] = CODES_STAGES
+    settings["STAGES"] = CODES_STAGES[sums.shape[2]]
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     tiles = many * sums.shape[2] * lines * (n - m + room) // (4 * KEYS * KEYS)  # of 128 keys and 256 rows
     chunk = KEYS * min(max(tiles // (ITEMS * _processors(q.device)), SHORTEST), LONGEST)

@@ -264,7 +264,7 @@ def prefill_settings() -> Iterator[tuple[str, dict[str, int]]]:
             kinds = dict(zip(("TOKENS", "BLOCKS", "MEANS"), lists, strict=True))
             yield "listed.cu", {"D": D, "BF16": BF16, **kinds, "STAGES": STAGES[D]}
         for BF16, R, causal in ((1, 2, 0), (1, 4, 0), (0, 8, 0), (1, 8, 0), (1, 8, 1), (1, 16, 1), (1, 32, 0)):
-            shape = {"D": D, "BF16": BF16, "R": R, "CAUSAL": causal, "STAGES": CODES_STAGES}
+            shape = {"D": D, "BF16": BF16, "R": R, "CAUSAL": causal, "STAGES": CODES_STAGES[R]}
             yield "importance.cu", shape
     yield "codes.cu", {}
 
