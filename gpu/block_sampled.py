@@ -1,7 +1,7 @@
 """Keys that blocks of query rows share, drawn by importance: `attention.block_sampled` on the GPU.
 
-Seven launches and a cumulative sum.  The kernels of `gpu.importance` keep a byte of every key for every block of rows,
-its importance in eighths of octaves; `count`, `threshold`, `size` and `draw` need no more than these bytes.  Where the
+Nine launches.  The kernels of `gpu.importance` keep a byte of every key for every block of rows, its importance in
+eighths of octaves; `count`, `threshold`, `size`, `places` and `draw` need no more than these bytes.  Where the
 selection is causal, `gpu.pacing` stands in for `threshold`.  Codes, budgets and draws are defined in
 `attention.listed_reference`.
 """
@@ -9,6 +9,7 @@ selection is causal, `gpu.pacing` stands in for `threshold`.  Codes, budgets and
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ import triton.language as tl
 from attention.key_lists import KEYS, ROWS, KeyLists, budget, edges, row_blocks
 from gpu import hopper, pacing
 from gpu.codes import UNIT, mixed
-from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool
+from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool, typical
 from gpu.sampled import seed_word
 from gpu.tensors import where_it_lies
 
@@ -41,17 +42,23 @@ def count(CODES, HISTOGRAMS, shift, lines, room, ROWS: tl.constexpr, KEYS: tl.co
     tl.store(HISTOGRAMS + at * LEVELS + tl.arange(0, LEVELS), found)
 
 
-@triton.jit
-def threshold(HISTOGRAMS, BUDGETS, CHANCES):
-    """Grid (tables,): a table's HISTOGRAMS (LEVELS,) float64 and BUDGETS () float64 -> CHANCES (LEVELS,) int32.
+@triton.jit(do_not_specialize=["budget"])
+def threshold(HISTOGRAMS, CHANCES, budget, lines, TOGETHER: tl.constexpr):
+    """Grid (heads at work,): HISTOGRAMS (heads at work, lines, LEVELS) int32 -> CHANCES (heads at work, LEVELS) int32.
 
     Chances in units of 2 ** -UNIT: 1 from some code on, falling by an eighth of an octave a code below it, such that
-    the budget is what is drawn on average.
+    the budget is what is drawn on average: a head's, the bits of a float64.
     """
     at = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, LEVELS)
-    many = tl.load(HISTOGRAMS + at * LEVELS + c)
-    budget = tl.load(BUDGETS + at)
+    o = tl.arange(0, TOGETHER)
+    counts = tl.zeros((LEVELS,), tl.int64)
+    for first in tl.range(0, lines, TOGETHER):
+        line = first + o
+        found = HISTOGRAMS + (at * lines + line)[:, None] * LEVELS + c[None, :]
+        counts += tl.sum(tl.load(found, mask=line[:, None] < lines, other=0), 0).to(tl.int64)
+    many = counts.to(tl.float64)
+    budget = budget.to(tl.int64).to(tl.float64, bitcast=True)
     value = tl.exp2(c.to(tl.float32) / EIGHTHS).to(tl.float64)
     weight = many * value
     below = tl.cumsum(weight, 0) - weight  # S, of codes below c
@@ -86,6 +93,25 @@ def size(HISTOGRAMS, CHANCES, STARTS, LENGTHS, seed, first_head, lines, tables):
 
 
 @triton.jit
+def places(LENGTHS, OFFSETS, lines, FIRST: tl.constexpr, TILE: tl.constexpr):
+    """Grid (1,): LENGTHS (lines,) -> OFFSETS (lines + 1,), both int64: where lists begin and end, one after another.
+
+    The first begins at zero or, unless FIRST, where the lists before end.
+    """
+    o = tl.arange(0, TILE)
+    if FIRST:
+        tl.store(OFFSETS, tl.zeros((), tl.int64))
+        carry = tl.zeros((), tl.int64)
+    else:
+        carry = tl.load(OFFSETS)
+    for first in tl.range(0, lines, TILE):
+        line = first + o
+        sums = tl.cumsum(tl.load(LENGTHS + line, mask=line < lines, other=0), 0) + carry
+        tl.store(OFFSETS + 1 + line, sums, mask=line < lines)
+        carry = tl.max(sums, 0)
+
+
+@triton.jit
 def draw(
     CODES, CHANCES, STARTS, OFFSETS, TOKENS, LOG_WEIGHTS, shift, lines, room, tables, capacity,
     ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr,
@@ -117,7 +143,9 @@ def draw(
 
 
 COLUMNS = 128  # representative rows that a program of `code` takes
-TILE = 1024  # codes that `count` and `draw` take at once
+REPRESENTED = 64  # representative rows that a program of `normalise` takes
+TILE = 1024  # codes that `count` and `draw` take at once, lines that `places` takes
+SUMMED = 32  # histograms that `threshold` takes at once
 GRID = 65535  # programs that the second axis of a launch may have
 BYTES = 1 << 31  # of codes that are kept at once, but for a single head's: heads beyond that wait
 
@@ -162,18 +190,20 @@ def key_lists(
     room = int(edges(m, n)[-1])
     plan = _Plan(q, k, v, rows, causal_selection, scale, T, room)
     kept = budget(density, m, n)
-    offsets = torch.zeros(heads * T + 1, dtype=torch.int64, device=device)
+    offsets = (torch.empty if room else torch.zeros)(heads * T + 1, dtype=torch.int64, device=device)
     capacity = min(math.ceil(kept) + T, int(edges(m, n).sum())) * heads
     tokens = torch.empty(max(capacity, 1), dtype=torch.int32, device=device)
     weights = torch.empty(max(capacity, 1), dtype=torch.float32, device=device)
     if room == 0:
         return KeyLists(offsets, tokens, weights)
     slab = min(max(BYTES // (T * room), 1), GRID)
+    together = q.shape[1] // k.shape[1]  # heads of the same keys
+    slab -= slab % together if slab > together else 0
     for first in range(0, heads, slab):
         many = min(slab, heads - first)
         drawn = plan.drawn(first, many, kept, seed_word(seed), head)
         own = offsets[first * T : (first + many) * T + 1]  # begins where the heads before end
-        own[1:] = own[0] + drawn.lengths.flatten().cumsum(0)
+        places[(1,)](drawn.lengths, own, many * T, FIRST=first == 0, TILE=TILE, num_warps=4)
         drawn.into(own, tokens, weights)
     return KeyLists(offsets, tokens, weights)
 
@@ -231,9 +261,12 @@ class _Plan:
         )
         self._means = torch.empty(B * g, n // KEYS, d, dtype=k.dtype, device=k.device)
         self._far = torch.empty(B * g, triton.cdiv(n, KEYS) * KEYS, dtype=torch.int8, device=k.device)
-        pool[(triton.cdiv(n, KEYS), B * g)](
-            k, v, self._means, self._far, *k.stride()[:3], *v.stride()[:3], n, g, D=d, DV=v.shape[3], KEYS=KEYS,
-            num_warps=8,
+        centres = torch.empty(B * g, v.shape[3], dtype=torch.float32, device=k.device)
+        squares = torch.empty(B * g, dtype=torch.float32, device=k.device)
+        typical[(B * g,)](v, centres, squares, *v.stride()[:3], n, g, DV=v.shape[3], KEYS=KEYS, num_warps=8)
+        pool[(triton.cdiv(n, KEYS), B * g, 2)](
+            k, v, centres, squares, self._means, self._far, *k.stride()[:3], *v.stride()[:3], n, g, D=d,
+            DV=v.shape[3], KEYS=KEYS, num_warps=8,
         )  # fmt: skip
 
     def drawn(self, first: int, many: int, kept: float, seed: int, offset: int = 0) -> _Drawn:
@@ -247,26 +280,13 @@ class _Plan:
 
         sums, shares = new(many, T, R, dtype=torch.float32), new(many, n // KEYS, T, dtype=torch.float32)
         common = {"G": h // g, "D": d, "R": R, "ROWS": ROWS, "KEYS": KEYS, "CAUSAL": self._causal}
-        strides = (*q.stride()[:3], *k.stride()[:3])
-        lines = max(16 // R, 1)
-        normalise[(triton.cdiv(T, lines), many)](
-            q,
-            k,
-            self._means,
-            sums,
-            shares,
-            *strides,
-            m,
-            n,
-            h,
-            first,
-            T,
-            self._scale,
-            LINES=lines,
-            num_warps=4,
-            num_stages=stages(d),
-            **common,
-        )
+        together = self._together(first, many)
+        padded = triton.next_power_of_2(together)
+        lines = max(min(16, REPRESENTED // padded) // R, 1)  # of more the bands would be read for too few rows each
+        normalise[(triton.cdiv(T, lines), many // together)](
+            q, k, self._means, sums, shares, *q.stride()[:3], *k.stride()[:3], m, n, h, first, T, self._scale,
+            LINES=lines, TOGETHER=together, PADDED=padded, num_warps=4, num_stages=stages(d), **common,
+        )  # fmt: skip
         codes = new(many, T, room, dtype=torch.uint8)
         self._code(sums, shares, codes, first)
         counts = new(many, T, 256, dtype=torch.int32)
@@ -277,16 +297,21 @@ class _Plan:
         if self._causal:
             chances = pacing.chances(counts, kept, n - m)
         else:
-            summed, chances = counts.sum(1, keepdim=True, dtype=torch.float64), new(many, 1, 256, dtype=torch.int32)
-            spend = torch.full((many,), kept, dtype=torch.float64, device=q.device)  # a number of 64 bits
-            threshold[(many,)](summed, spend, chances, num_warps=4)
+            chances = new(many, 1, 256, dtype=torch.int32)
+            (bits,) = struct.unpack("q", struct.pack("d", kept))  # floats would be rounded to 32 bits
+            threshold[(many,)](counts, chances, bits, T, TOGETHER=SUMMED, num_warps=8)
         starts, lengths = new(many, T, dtype=torch.int32), new(many, T, dtype=torch.int64)
         size[(T, many)](counts, chances, starts, lengths, seed, offset + first, T, chances.shape[1], num_warps=4)
         return _Drawn(codes, chances, starts, lengths, n - m)
 
+    def _together(self, first: int, many: int) -> int:
+        """How many of the heads at work read the same keys and are few enough for a program of `normalise`."""
+        G = math.gcd(self._q.shape[1] // self._k.shape[1], first, many)
+        return G if triton.next_power_of_2(G) * self._rows <= REPRESENTED else 1
+
     def _code(self, sums: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, first: int) -> None:
         q, k, R = self._q, self._k, self._rows
-        if R in hopper.REPRESENTATIVES and hopper.serves(q, k, k):
+        if R in hopper.CODES_STAGES and hopper.serves(q, k, k):
             hopper.importance(q, k, sums, shares, self._far, codes, first, self._causal, self._scale)
             return
         h, m, d = q.shape[1:]

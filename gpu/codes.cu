@@ -1,14 +1,17 @@
 // Counting codes of importance, and drawing keys by them: `count` and `draw` of `gpu.block_sampled` define both.
 //
-// 128 threads, 16 codes a thread at a time; grid (lines, heads) to count, (lines / 4, heads) to draw.
+// grid (lines, heads); 128 threads count, a warp draws.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 typedef unsigned char u8;
+typedef unsigned short u16;
 
 constexpr int THREADS = 128, EACH = 16, TILE = THREADS * EACH, LEVELS = 256, UNIT = 24;
-constexpr int COPIES = 8;  // of a histogram, so that lanes that meet the same code seldom wait for each other
+constexpr int RUN = 32;        // codes that a lane draws from at a time
+constexpr int TOP = 31 - UNIT;
+constexpr int LOG_COPIES = 3, COPIES = 1 << LOG_COPIES;  // of a histogram, so that lanes seldom wait for each other
 constexpr float LN2 = 0.6931471805599453f;
 
 struct Arguments {
@@ -26,23 +29,26 @@ extern "C" __constant__ int shared_bytes = 0;
 
 // The launch's start may overlap the end of the one before, whose writes are to be seen.
 __device__ __forceinline__ void after_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ int eligible(const Arguments &a) { return (a.shift + (int)blockIdx.x * 128) / 128 * 128; }
-__device__ __forceinline__ u32 code(const uint4 &c, int i) {
-  const u32 word = i < 4 ? c.x : i < 8 ? c.y : i < 12 ? c.z : c.w;
-  return word >> (8 * (i % 4)) & 0xFF;
+__device__ __forceinline__ int eligible(const Arguments &a, int line) { return (a.shift + line * 128) / 128 * 128; }
+// What stands in a table, every 2^SCALE bytes, for code i of 16.
+template <int SCALE, class T> __device__ __forceinline__ T &at(T *table, const uint4 &codes, int i) {
+  const u32 word = i < 4 ? codes.x : i < 8 ? codes.y : i < 12 ? codes.z : codes.w;
+  const int down = 8 * (i % 4) - SCALE;
+  return *(T *)((u8 *)table + ((down < 0 ? word << -down : word >> down) & 0xFF << SCALE));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) count(const __grid_constant__ Arguments a) {
   __shared__ int found[LEVELS * COPIES];
   const i64 line = (i64)blockIdx.y * a.lines + blockIdx.x;
-  const int thread = threadIdx.x, edge = eligible(a), copy = thread % COPIES;
+  const int thread = threadIdx.x, edge = eligible(a, blockIdx.x);
+  int *own = found + thread % COPIES;
   for (int i = thread; i < LEVELS * COPIES; i += THREADS) found[i] = 0;
   __syncthreads();
   after_predecessor();
   for (int first = EACH * thread; first < edge; first += TILE) {
     const uint4 codes = *(const uint4 *)(a.codes + line * a.room + first);
     #pragma unroll
-    for (int i = 0; i < EACH; i++) atomicAdd(&found[code(codes, i) * COPIES + copy], 1);
+    for (int i = 0; i < EACH; i++) atomicAdd(&at<2 + LOG_COPIES>(own, codes, i), 1);
   }
   __syncthreads();
   for (int i = thread; i < LEVELS; i += THREADS) {
@@ -52,50 +58,73 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(const __grid_constan
   }
 }
 
-// A warp draws a line, the longest first.
-extern "C" __global__ void __launch_bounds__(THREADS) draw(const __grid_constant__ Arguments a) {
-  __shared__ int tables[THREADS / 32][LEVELS];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = a.lines - 1 - (int)(blockIdx.x * (THREADS / 32) + warp);
-  if (row < 0) return;
+// Sums of chances are kept modulo 2^32 with the bit of whole keys on top: that bit changes where a key is listed.
+extern "C" __global__ void __launch_bounds__(32) draw(const __grid_constant__ Arguments a) {
+  __shared__ u32 table[LEVELS];
+  __shared__ float log_weights[LEVELS];
+  __shared__ uint4 tile_codes[32][RUN / EACH];
+  __shared__ u16 listed[32 * RUN];  // places in the tile
+  const int lane = threadIdx.x, row = a.lines - 1 - (int)blockIdx.x;  // the longest first
+  const i64 line = (i64)blockIdx.y * a.lines + row;
+  const int edge = eligible(a, row);
   after_predecessor();
-  const i64 line = (i64)blockIdx.y * a.lines + row, start = a.offsets[line];
-  const int edge = (a.shift + row * 128) / 128 * 128;
-  int *table = tables[warp];
-  for (int i = lane; i < LEVELS; i += 32) table[i] = a.chances[((i64)blockIdx.y * a.tables + (a.tables > 1 ? row : 0)) * LEVELS + i];
+  #pragma unroll
+  for (int i = 0; i < LEVELS; i += 32) {
+    const int chance = a.chances[((i64)blockIdx.y * a.tables + (a.tables > 1 ? row : 0)) * LEVELS + i + lane];
+    table[i + lane] = (u32)chance << TOP;
+    log_weights[i + lane] = (UNIT - __log2f((float)chance)) * LN2;
+  }
   __syncwarp();
-  const u8 *codes_of = a.codes + line * a.room + EACH * lane;
-  i64 carry = a.starts[line];
-  uint4 next = EACH * lane < edge ? *(const uint4 *)codes_of : make_uint4(0, 0, 0, 0);
-  for (int tile = 0; tile < edge; tile += 32 * EACH) {
-    const int first = tile + EACH * lane;
-    const bool here = first < edge;
-    const uint4 codes = next;
-    if (first + 32 * EACH < edge) next = *(const uint4 *)(codes_of + tile + 32 * EACH);
-    int chance[EACH], sum = 0;
+  const u8 *codes = a.codes + line * a.room + RUN * lane;
+  u32 carry = (u32)a.starts[line] << TOP;
+  i64 place = a.offsets[line];
+  uint4 next[RUN / EACH];
+  #pragma unroll
+  for (int i = 0; i < RUN / EACH; i++) next[i] = RUN * lane < edge ? *(const uint4 *)(codes + EACH * i) : make_uint4(0, 0, 0, 0);
+  for (int tile = 0; tile < edge; tile += 32 * RUN) {
+    const bool here = tile + RUN * lane < edge;  // of all the lane's keys or none
+    u32 chance[RUN], sum = 0, bits = 0;
     #pragma unroll
-    for (int i = 0; i < EACH; i++) chance[i] = here ? table[code(codes, i)] : 0, sum += chance[i];
-    i64 upto = sum;  // of the lanes up to this one
+    for (int i = 0; i < RUN; i++) chance[i] = at<2>(table, next[i / EACH], i % EACH), sum += chance[i];
+    if (!here) sum = 0;
+    #pragma unroll
+    for (int i = 0; i < RUN / EACH; i++) {
+      tile_codes[lane][i] = next[i];
+      if (tile + RUN * (32 + lane) < edge) next[i] = *(const uint4 *)(codes + tile + 32 * RUN + EACH * i);
+    }
+    u32 upto = sum;  // of the lanes up to this one
     #pragma unroll
     for (int o = 1; o < 32; o *= 2) {
-      const i64 other = __shfl_up_sync(~0u, upto, o);
+      const u32 other = __shfl_up_sync(~0u, upto, o);
       if (lane >= o) upto += other;
     }
-    const i64 before = carry + upto - sum;
+    u32 at_key = carry + upto - sum;
     carry += __shfl_sync(~0u, upto, 31);
-    i64 place = start + (before >> UNIT);  // keys listed before
-    u32 part = (u32)before & ((1u << UNIT) - 1), taken = 0;
+    const u32 first = at_key >> 31;
     #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      part += chance[i];
-      taken |= (part >> UNIT) << i;
-      part &= (1u << UNIT) - 1;
+    for (int i = 0; i < RUN; i++) at_key += chance[i], bits = __funnelshift_l(at_key, bits, 1);
+    u32 taken = here ? bits ^ (bits >> 1 | first << (RUN - 1)) : 0;  // the first key's bit on top
+    const int many = __popc(taken);
+    int before = many;
+    #pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+      const int other = __shfl_up_sync(~0u, before, o);
+      if (lane >= o) before += other;
     }
-    for (; taken; taken &= taken - 1, place++) {  // few of them
-      const int i = __ffs(taken) - 1;
-      if (place < a.capacity) {
-        a.tokens[place] = first + i;
-        a.log_weights[place] = (UNIT - __log2f((float)table[code(codes, i)])) * LN2;
-      }
+    const int all = __shfl_sync(~0u, before, 31);
+    for (before -= many; taken; before++) {
+      const int i = __clz(taken);
+      listed[before] = (u16)(RUN * lane + i - (32 - RUN));
+      taken ^= 0x80000000u >> i;
     }
+    __syncwarp();
+    const int fitting = (int)min((i64)all, a.capacity - place);
+    for (int i = lane; i < fitting; i += 32) {
+      const int j = listed[i];
+      a.tokens[place + i] = tile + j;
+      a.log_weights[place + i] = log_weights[((const u8 *)tile_codes)[j]];
+    }
+    place += all;
+    __syncwarp();
   }
 }

@@ -109,4 +109,9 @@ struct Gather {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(tile + own + (some + i) * 4 * ONCE * 128), "l"(at[i]) : "memory");
     }
   }
+  __device__ __forceinline__ void rows(u32 tile, const u16 *row) const {  // a row's address instead of its number
+    #pragma unroll
+    for (int some = 0; some < PASSES; some++)
+      copy16(tile + own + some * 4 * ONCE * 128, (const u16 *)__shfl_sync(~0u, (u64)row, ONCE * some + threadIdx.x % 32 / CHUNKS) + 8 * chunk, 16);
+  }
 };

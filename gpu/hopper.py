@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 from functools import cache
 from typing import Any
 
 import torch
 
-from attention.key_lists import KeyLists, row_blocks
+from attention.key_lists import KEYS, KeyLists, row_blocks
 from hsr.errors import BackendUnavailable
 
 STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
-REPRESENTATIVES = (2, 4, 8, 16, 32)  # rows of a block that `importance.cu` has a form for
-CODES_STAGES = 4  # tiles of keys that wait to be scored
+CODES_STAGES = {2: 4, 4: 5, 8: 5, 16: 5, 32: 5}  # tiles of keys that wait to be scored, by representative rows
+ITEMS, SHORTEST, LONGEST = 8, 4, 32  # of a processor, so that all end together; their tiles
 THREADS = 384  # of a program: one group that asks for tiles, two that multiply
 
 
@@ -41,7 +42,7 @@ Listed = _structure(
 Importance = _structure(
     "q sums shares far codes counter",
     "q_b q_h q_m",
-    "rows keys heads groups first_head many lines room",
+    "rows keys heads groups first_head many lines room together chunk",
     True,
     mapped=True,
 )
@@ -95,7 +96,7 @@ def _launch(
 
 
 def _tensor_map(x: torch.Tensor) -> ctypes.Array[ctypes.c_ubyte]:
-    """Of x (B, g, n, d): boxes of 128 rows by 64 columns, in shared memory as `hopper.cuh` has tiles."""
+    """Of x (B, g, n, d): boxes of 64 rows by 64 columns, in shared memory as `hopper.cuh` has tiles."""
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType
@@ -108,7 +109,7 @@ def _tensor_map(x: torch.Tensor) -> ctypes.Array[ctypes.c_ubyte]:
         for stride, size in zip(x.stride()[2::-1], x.shape[2::-1], strict=True)
     ]
     status, found = driver.cuTensorMapEncodeTiled(
-        kind, 4, x.data_ptr(), sizes, bytes_apart, [driver.cuuint32_t(side) for side in (64, 128, 1, 1)],
+        kind, 4, x.data_ptr(), sizes, bytes_apart, [driver.cuuint32_t(side) for side in (64, 64, 1, 1)],
         [driver.cuuint32_t(1)] * 4, driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -162,16 +163,21 @@ def importance(
     causal: bool,
     scale: float,
 ) -> None:
-    """As `gpu.importance.code`, of heads from the first on, as many as there are codes for."""
+    """As `gpu.importance.code`, of heads from the first on, as many as there are codes for.
+
+    Query heads of the same keys are scored side by side, if all of them are at work.
+    """
     h, m, d = q.shape[1:]
     g, n = k.shape[1:3]
     many, lines, room = codes.shape
     settings = {"D": d, "BF16": int(q.dtype == torch.bfloat16), "R": sums.shape[2], "CAUSAL": int(causal)}
-    settings["STAGES"] = CODES_STAGES
+    settings["STAGES"] = CODES_STAGES[sums.shape[2]]
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    tiles = many * sums.shape[2] * lines * (n - m + room) // (4 * KEYS * KEYS)  # of 128 keys and 256 rows
+    chunk = KEYS * min(max(tiles // (ITEMS * _processors(q.device)), SHORTEST), LONGEST)
     arguments = Importance(
         _tensor_map(k), *map(_address, (q, sums, shares, far, codes, counter)), *q.stride()[:3], m, n, h, h // g, first,
-        many, lines, room, scale,
+        many, lines, room, math.gcd(h // g, first, many), chunk, scale,
     )  # fmt: skip
     _launch("importance.cu", "importance", settings, (_processors(q.device), 1), THREADS, arguments, q.device)
 
@@ -198,4 +204,4 @@ def draw(
         codes.data_ptr(), None, *map(_address, (chances, starts, offsets, tokens, weights)), len(tokens), shift, lines,
         room, chances.shape[1],
     )  # fmt: skip
-    _launch("codes.cu", "draw", {}, (-(-lines // 4), many), 128, arguments, codes.device)
+    _launch("codes.cu", "draw", {}, (lines, many), 32, arguments, codes.device)

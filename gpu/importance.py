@@ -18,39 +18,54 @@ FARTHEST = tl.constexpr(32.0)  # a value's distance counts within 2 ** (+-FARTHE
 
 
 @triton.jit
-def pool(
-    K, V, MEANS, FAR, k_b, k_h, k_n, v_b, v_h, v_n, keys, groups, D: tl.constexpr, DV: tl.constexpr, KEYS: tl.constexpr
-):  # fmt: skip
-    """Grid (blocks of KEYS keys, B * groups): MEANS (B * groups, keys // KEYS, D), mean keys of whole blocks.
+def typical(V, CENTRES, SQUARES, v_b, v_h, v_n, keys, groups, DV: tl.constexpr, KEYS: tl.constexpr):
+    """Grid (B * groups,): CENTRES (B * groups, DV), means of the first values, up to KEYS of them.
 
-    MEANS are of K's dtype; FAR (B * groups, keys up to whole blocks) int8 is every value's distance from the first
-    block's mean, in eighths of octaves of what is typical there.
+    SQUARES (B * groups,): their mean squared distance from it.  Both float32.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, DV)
+    o = tl.arange(0, KEYS)
+    near = tl.minimum(keys, KEYS)
+    first = V + (head // groups) * v_b + (head % groups) * v_h + o.to(tl.int64)[:, None] * v_n + e[None, :]
+    v = tl.load(first, mask=o[:, None] < near, other=0.0).to(tl.float32)
+    centre = tl.sum(v, 0) / near
+    off = v - centre[None, :]
+    tl.store(CENTRES + head * DV + e, centre)
+    tl.store(SQUARES + head, tl.sum(tl.where(o < near, tl.sum(off * off, 1), 0.0), 0) / near)
+
+
+@triton.jit
+def pool(
+    K, V, CENTRES, SQUARES, MEANS, FAR, k_b, k_h, k_n, v_b, v_h, v_n, keys, groups, D: tl.constexpr, DV: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of KEYS keys, B * groups, 2): keys, then values.
+
+    MEANS (B * groups, keys // KEYS, D) of K's dtype, mean keys of whole blocks; FAR (B * groups, keys up to whole
+    blocks) int8, every value's distance from the centre, in eighths of octaves of what `typical` says.
     """
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = head // groups
     inner = head % groups
-    d = tl.arange(0, D)
-    e = tl.arange(0, DV)
-    o = tl.arange(0, KEYS)
-    j = block * KEYS + o
-    v_base = V + batch * v_b + inner * v_h
-    near = tl.minimum(keys, KEYS)
-    first = tl.load(v_base + o.to(tl.int64)[:, None] * v_n + e[None, :], mask=o[:, None] < near, other=0.0)
-    first = first.to(tl.float32)
-    centre = tl.sum(first, 0) / near
-    typical = (
-        tl.sum(tl.where(o < near, tl.sum((first - centre[None, :]) * (first - centre[None, :]), 1), 0.0), 0) / near
-    )
-    v = tl.load(v_base + j.to(tl.int64)[:, None] * v_n + e[None, :], mask=j[:, None] < keys, other=0.0).to(tl.float32)
-    square = tl.sum((v - centre[None, :]) * (v - centre[None, :]), 1)
-    octaves = (tl.log2(tl.maximum(square, 1e-38)) - tl.log2(tl.maximum(typical, 1e-38))) * (EIGHTHS / 2)
-    far = tl.where(typical > 0, tl.minimum(tl.maximum(tl.floor(octaves + 0.5), -FARTHEST), FARTHEST), 0.0)
-    tl.store(FAR + head * (tl.num_programs(0) * KEYS) + j, far.to(tl.int8))
-    if (block + 1) * KEYS <= keys:
-        k = tl.load(K + batch * k_b + inner * k_h + j.to(tl.int64)[:, None] * k_n + d[None, :]).to(tl.float32)
-        mean = tl.sum(k, 0) / KEYS
-        tl.store(MEANS + (head * (keys // KEYS) + block) * D + d, mean.to(MEANS.dtype.element_ty))
+    j = block * KEYS + tl.arange(0, KEYS)
+    if tl.program_id(2) == 0:
+        d = tl.arange(0, D)
+        if (block + 1) * KEYS <= keys:
+            k = tl.load(K + batch * k_b + inner * k_h + j.to(tl.int64)[:, None] * k_n + d[None, :]).to(tl.float32)
+            mean = tl.sum(k, 0) / KEYS
+            tl.store(MEANS + (head * (keys // KEYS) + block) * D + d, mean.to(MEANS.dtype.element_ty))
+    else:
+        e = tl.arange(0, DV)
+        at = V + batch * v_b + inner * v_h + j.to(tl.int64)[:, None] * v_n + e[None, :]
+        v = tl.load(at, mask=j[:, None] < keys, other=0.0).to(tl.float32)
+        off = v - tl.load(CENTRES + head * DV + e)[None, :]
+        typical = tl.load(SQUARES + head)
+        octaves = tl.log2(tl.maximum(tl.sum(off * off, 1), 1e-38)) - tl.log2(tl.maximum(typical, 1e-38))
+        far = tl.floor(octaves * (EIGHTHS / 2) + 0.5)
+        far = tl.where(typical > 0, tl.minimum(tl.maximum(far, -FARTHEST), FARTHEST), 0.0)
+        tl.store(FAR + head * (tl.num_programs(0) * KEYS) + j, far.to(tl.int8))
 
 
 @triton.jit
@@ -75,31 +90,35 @@ def _joined(m, total, s):
 def normalise(
     Q, K, MEANS, SUMS, SHARES, q_b, q_h, q_m, k_b, k_h, k_n, rows, keys, heads, first_head, lines, scale,
     G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    CAUSAL: tl.constexpr, TOGETHER: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups of LINES lines, heads at work): SUMS (heads at work, lines, R) float32, base-2 log-sums.
+    """Grid (groups of LINES lines, heads at work / TOGETHER): SUMS (heads at work, lines, R) float32, base-2 log-sums.
 
     They are of the representative rows' weights, exact over the first key block and over the band, from mean keys
     elsewhere.  SHARES (heads at work, keys // KEYS, lines) float32: the square of the mean of the rows' shares of
     weight, per key of a block, by its mean key; written where the block is eligible.
+
+    TOGETHER heads, all of one key-value head, share what is read of it; PADDED is that, up to a power of two.
     """
     group = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)  # of those at work
-    batch = (first_head + head) // heads
-    inner = (first_head + head) % heads
-    c = tl.arange(0, LINES * R)
+    base = tl.program_id(1) * TOGETHER  # the first head, of those at work
+    batch = ((first_head + base) // heads).to(tl.int64)
+    inner = (first_head + base) % heads
+    c = tl.arange(0, PADDED * LINES * R)
     d = tl.arange(0, D)
     o = tl.arange(0, KEYS)
     shift = keys - rows
-    of = group * LINES + c // R
+    of = group * LINES + c // R % LINES
     row = tl.minimum(_representative(of, c % R, rows, R, ROWS, CAUSAL), rows - 1)
     edge = (shift + of * ROWS) // KEYS * KEYS
     position = shift + row
-    q = tl.load(Q + batch * q_b + inner * q_h + row.to(tl.int64)[:, None] * q_m + d[None, :])
-    k_base = K + batch * k_b + (inner // G) * k_h
+    own = tl.minimum(c // (LINES * R), TOGETHER - 1)
+    q_base = Q + batch * q_b + (inner + own).to(tl.int64)[:, None] * q_h
+    q = tl.load(q_base + row.to(tl.int64)[:, None] * q_m + d[None, :])
+    k_base = K + batch * k_b + (inner // G).to(tl.int64) * k_h
     factor = scale * LOG2E
-    m = tl.full((LINES * R,), -float("inf"), tl.float32)
-    total = tl.zeros((LINES * R,), tl.float32)
+    m = tl.full((PADDED * LINES * R,), -float("inf"), tl.float32)
+    total = tl.zeros((PADDED * LINES * R,), tl.float32)
     begin = (shift + group * LINES * ROWS) // KEYS * KEYS
     for at in tl.range(begin - KEYS, tl.max(position, 0) + 1, KEYS):
         first = tl.where(at < begin, 0, at)  # the first key block, then the bands
@@ -119,16 +138,18 @@ def normalise(
         eligible = (J > 0)[None, :] & ((J + 1)[None, :] * KEYS <= edge[:, None])
         m, total = _joined(m, total, tl.where(eligible, s, -float("inf")))
     log = m + tl.log2(total)
-    tl.store(SUMS + (head * lines + of) * R + c % R, log, mask=of < lines)
-    line = group * LINES + tl.arange(0, LINES)
+    here = (of < lines) & (c < TOGETHER * LINES * R)
+    tl.store(SUMS + ((base + own).to(tl.int64) * lines + of) * R + c % R, log, mask=here)
+    share_of = tl.arange(0, PADDED * LINES)
+    line = group * LINES + share_of % LINES
+    to = SHARES + (base + share_of // LINES).to(tl.int64)[:, None] * whole * lines + line[:, None]
+    here = (line < lines) & (share_of < TOGETHER * LINES)
     for at in tl.range(0, most, KEYS):
         J = at + o
         mean = tl.load(means + J[:, None] * D + d[None, :], mask=J[:, None] < whole, other=0.0)
         s = tl.dot(q, tl.trans(mean)) * factor + tl.log2(KEYS * 1.0) - log[:, None]
-        share = tl.sum(tl.reshape(tl.exp2(tl.minimum(s, 0.0)), (LINES, R, KEYS)), 1) / (R * KEYS)
-        share = share * share
-        to = SHARES + (head * whole + J)[None, :] * lines + line[:, None]
-        tl.store(to, share, mask=(J[None, :] < whole) & (line[:, None] < lines))
+        share = tl.sum(tl.reshape(tl.exp2(tl.minimum(s, 0.0)), (PADDED * LINES, R, KEYS)), 1) / (R * KEYS)
+        tl.store(to + J[None, :] * lines, share * share, mask=(J[None, :] < whole) & here[:, None])
 
 
 @triton.jit

@@ -259,7 +259,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
 
 extern "C" __global__ void __launch_bounds__(384, 1) listed(const __grid_constant__ Arguments a) {
   extern __shared__ u8 memory[];
-  Shared &s = *reinterpret_cast<Shared *>(((u64)memory + 1023) / 1024 * 1024);
+  Shared &s = *reinterpret_cast<Shared *>(memory + (-address(memory) & 1023));  // known to lie in shared memory
   if (threadIdx.x == 0) {
     initialise(s.q_full, 129), initialise(s.q_empty, 8);
     for (int i = 0; i < STAGES; i++) initialise(s.k_full[i], 128), initialise(s.v_full[i], 128), initialise(s.k_empty[i], 8), initialise(s.v_empty[i], 8);

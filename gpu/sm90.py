@@ -181,17 +181,25 @@ def importance_cases() -> Iterator[Case]:
     """The shapes that `gpu.block_sampled` launches, keys read first, then their codes."""
     counts = {"HISTOGRAMS": "*i32", "CHANCES": "*i32", "STARTS": "*i32"}
     for D in (64, 128, 256):
-        yield Case(importance.pool, {"D": D, "DV": D, "KEYS": 128}, 8, "", {"MEANS": "*bf16", "FAR": "*i8"})
+        kinds = {"MEANS": "*bf16", "SHARES": "*fp32", "FAR": "*i8", "CODES": "*u8"}
+        kinds |= {"CENTRES": "*fp32", "SQUARES": "*fp32"}
+        yield Case(importance.typical, {"DV": D, "KEYS": 128}, 8, "", kinds)
+        yield Case(importance.pool, {"D": D, "DV": D, "KEYS": 128}, 8, "", kinds)
         for R, causal in ((4, False), (8, False), (8, True), (16, True)):
             shape = {"G": 4, "D": D, "R": R, "ROWS": 128, "KEYS": 128, "CAUSAL": causal}
-            kinds = {"MEANS": "*bf16", "SHARES": "*fp32", "FAR": "*i8", "CODES": "*u8"}
             fitting = block_sampled.stages(D)
-            yield Case(importance.normalise, shape | {"LINES": 16 // R}, 4, "MMA", kinds, fitting)
+            for together in (1, 4):
+                split = {"LINES": 16 // R, "TOGETHER": together, "PADDED": together}
+                yield Case(importance.normalise, shape | split, 4, "MMA", kinds, fitting)
             lines = block_sampled.COLUMNS // R
             yield Case(importance.code, shape | {"LINES": lines, "STAGES": fitting}, 8, "MMA", kinds)
     tile = {"ROWS": 128, "KEYS": 128, "TILE": block_sampled.TILE}
     yield Case(block_sampled.count, tile, 4, "", counts | {"CODES": "*u8"})
-    yield Case(block_sampled.threshold, {}, 4, "", {"HISTOGRAMS": "*fp64", "BUDGETS": "*fp64", "CHANCES": "*i32"})
+    summed = {"TOGETHER": block_sampled.SUMMED}
+    yield Case(block_sampled.threshold, summed, 8, "", counts | {"budget": "i64"})
+    yield Case(
+        block_sampled.places, {"FIRST": True, "TILE": block_sampled.TILE}, 4, "", {"LENGTHS": "*i64", "OFFSETS": "*i64"}
+    )
     yield Case(pacing.pace, {"LATER": pacing.AHEAD}, 1, "", {"OWN": "*i32", "EXPECTED": "*fp64", "LEFT": "*fp64"})
     yield Case(block_sampled.size, {}, 4, "", counts | {"LENGTHS": "*i64"})
     rest = {"CODES": "*u8", "OFFSETS": "*i64", "TOKENS": "*i32", "LOG_WEIGHTS": "*fp32"}
@@ -271,7 +279,7 @@ def prefill_settings() -> Iterator[tuple[str, dict[str, int]]]:
             kinds = dict(zip(("TOKENS", "BLOCKS", "MEANS"), lists, strict=True))
             yield "listed.cu", {"D": D, "BF16": BF16, **kinds, "STAGES": STAGES[D]}
         for BF16, R, causal in ((1, 2, 0), (1, 4, 0), (0, 8, 0), (1, 8, 0), (1, 8, 1), (1, 16, 1), (1, 32, 0)):
-            shape = {"D": D, "BF16": BF16, "R": R, "CAUSAL": causal, "STAGES": CODES_STAGES}
+            shape = {"D": D, "BF16": BF16, "R": R, "CAUSAL": causal, "STAGES": CODES_STAGES[R]}
             yield "importance.cu", shape
     yield "codes.cu", {}
 

@@ -31,6 +31,7 @@ PROMPTS = [  # B, g, G, m, n, representative rows, causal selection
     (1, 2, 1, 129, 1301, 8, True),
     (1, 1, 1, 1, 300, 2, False),
     (1, 1, 1, 260, 390, 1, False),
+    (1, 1, 3, 700, 700, 2, False),
 ]
 
 
@@ -123,7 +124,7 @@ def test_sums_shares_and_codes_are_their_definitions(B, g, G, m, n, rows, causal
     off = np.concatenate(off)
     assert off.size == B * g * G * first.sum()
     assert off.max() <= 1
-    assert (off > 0).mean() < (0.02 if HERE == "cpu" else 0.25)  # powers are rough on tensor cores, by up to 6 %
+    assert (off > 0).mean() < (0.02 if HERE == "cpu" else 0.2)  # powers are rough on tensor cores, by up to 3 %
 
 
 @pytest.mark.parametrize(("shift", "T"), [(5, 3), (1100, 2), (0, 1)])
@@ -307,9 +308,11 @@ def without_cuda(monkeypatch):
         (16, 128, True, torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize(("B", "g", "m", "n"), [(2, 2, 2500, 2500), (1, 4, 300, 9001), (1, 1, 5000, 7777)])
-def test_cuda_codes_are_those_of_triton(B, g, m, n, rows, d, causal, dtype, monkeypatch):
-    q, k, v = inputs(B, g, 2, m, n, d, dtype)
+@pytest.mark.parametrize(
+    ("B", "g", "G", "m", "n"), [(2, 2, 2, 2500, 2500), (1, 4, 1, 300, 9001), (1, 1, 7, 5000, 7777), (2, 1, 4, 130, 700)]
+)
+def test_cuda_codes_are_those_of_triton(B, g, G, m, n, rows, d, causal, dtype, monkeypatch):
+    q, k, v = inputs(B, g, G, m, n, d, dtype)
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     assert hopper.serves(q, k, k) or torch.cuda.get_device_capability() != (9, 0)
     _, one = stages(q, k, v, rows, causal)
@@ -321,7 +324,7 @@ def test_cuda_codes_are_those_of_triton(B, g, m, n, rows, d, causal, dtype, monk
     ]
     off = (codes[0] - codes[1]).abs()
     assert off.max() <= 1
-    assert (off > 0).float().mean() < 0.25  # by half the powers, which are rough by up to 6 %
+    assert (off > 0).float().mean() < 0.15  # by powers, which are rough by up to 3 %
     assert torch.equal(one.starts, other.starts)
 
 
