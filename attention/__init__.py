@@ -3,7 +3,8 @@
 Letters as in `hsr`; ``B`` is the batch, ``dv`` the width of a value.  ``s_j = scale <q, k_j>``.
 """
 
-from attention.audit import Audit, Estimate, audit
+from attention.audit import Audit, audit
+from attention.audit_bounds import Estimate
 from attention.audit_rows import Kept
 from attention.block_sampled import BlockSampled
 from attention.decode import decode

@@ -7,15 +7,16 @@ nothing that the audited code says of itself, and serves selectors that have no 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from attention.audit_bounds import Estimate, Estimates
 from attention.audit_rows import Kept, Prompt, prompt_of
 from attention.engine import is_policy, is_shared
-from attention.finite_population import upper_mean, upper_mean_of_strata, upper_share
 from attention.policies import Certified, Dense
 from attention.prefill import prefill
 from attention.result import Result
@@ -24,25 +25,6 @@ from hsr import Report, checks
 from hsr.errors import ArgumentError
 
 GIVEN = (Result, Kept, Report)  # selections that are answers already; any other is a policy
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A quantity in [0, 1] on the sampled rows, and what that says of all rows.
-
-    Attributes:
-        values: (..., h, s); the quantity on each sampled row.
-        mean: (..., h); the sample's mean in each head.
-        upper: (..., h); upper confidence bound on the mean over all rows of each head.
-        overall_mean: the sample's mean.
-        overall_upper: upper confidence bound on the mean over all rows of all heads.
-    """
-
-    values: np.ndarray
-    mean: np.ndarray
-    upper: np.ndarray
-    overall_mean: float
-    overall_upper: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +41,7 @@ class Audit:
         tolerance: what ``exceeding`` compares the relative error with.
         population: rows of each head, m.
         rows: (..., h, s) int64; the rows that were drawn, in the order of drawing.
+        found: the estimates; on a GPU, where they are made without waiting for it, fetched when one is first read.
         dropped: ``|W' - W| / W`` and at most 1, W the exact sum of weights and W' the attended one.  Of plain kept keys
             this is the dropped mass, tau in Theorem 4.3 of arXiv 2410.10165; of importance weights, which drop keys and
             make up for them, the error of the estimated sum; either way ``|exp(lse - exact lse) - 1|``.
@@ -75,12 +58,25 @@ class Audit:
     tolerance: float
     population: int
     rows: np.ndarray
-    dropped: Estimate
-    error: Estimate
-    exceeding: Estimate
+    found: Estimates
     audited: Any
     result: Result | None = None
     earlier: tuple[Audit, ...] = ()
+
+    @property
+    def dropped(self) -> Estimate:
+        """Of sums of weights."""
+        return self.found.dropped
+
+    @property
+    def error(self) -> Estimate:
+        """Of outputs."""
+        return self.found.error
+
+    @property
+    def exceeding(self) -> Estimate:
+        """Of outputs' errors above the tolerance."""
+        return self.found.exceeding
 
     def passes(
         self, *, max_dropped: float | None = None, max_error: float | None = None, max_exceeding: float | None = None
@@ -127,11 +123,12 @@ def audit(
     """Bound mean dropped mass and mean output error over all rows, from exact attention on a random sample of them.
 
     Rows are drawn without replacement, independently in each head, and attended exactly in float64; on a GPU with
-    weights in the values' dtype and sums in float32, so that errors below that dtype's rounding do not show.  The cost
-    is that of ``h rows`` dense rows.  The bounds assume nothing of the errors but their range, and hold for any number
-    of rows.
-    They are bounds on means: a fault confined to a share p of a head's rows is met with probability
-    ``1 - (1 - p)**rows``.  What is audited must not depend on the draw.
+    weights in the values' dtype and sums in float32, so that errors below that dtype's rounding do not show.  There
+    nothing waits until an estimate is read or ``passes`` is asked.  The cost is that of ``h rows`` dense rows.
+
+    The bounds assume nothing of the errors but their range, and hold for any number of rows.  They are bounds on means:
+    a fault confined to a share p of a head's rows is met with probability ``1 - (1 - p)**rows``.  What is audited must
+    not depend on the draw.
 
     With ``escalate=True`` the selection is run on all rows and audited, then the next tighter policy (its method
     ``tighter(n)``), and at last `Dense`, until the overall bounds are within the limits given.  Attempt i draws fresh
@@ -199,55 +196,12 @@ class _Look:
 
     def at(self, selection: Any, given: Any, delta: float) -> Audit:
         """Audit of a selection, by itself or the result it gave, on freshly drawn rows with confidence 1 - delta."""
-        heads, m = self.prompt.limits.shape
+        leading, m = tuple(self.prompt.q.shape[:-2]), self.prompt.q.shape[-2]
         size = min(self.size, m)
-        rows = np.array([self.rng.choice(m, size, replace=False) for _ in range(heads)])  # (H, s), in random order
-        output, lse = self.prompt.attended(given, rows)
-        exact, exact_lse = self.prompt.exact(rows)
-        dropped, error = _sums_error(lse, exact_lse), _relative_error(output, exact)
-        leading = tuple(self.prompt.q.shape[:-2])
-        return Audit(
-            1 - delta,
-            self.tolerance,
-            m,
-            rows.reshape(*leading, size),
-            _of_values(dropped, m, delta / 3, leading),
-            _of_values(error, m, delta / 3, leading),
-            _of_property(error > self.tolerance, m, delta / 3, leading),
-            selection,
-        )
-
-
-def _sums_error(lse: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """``|W' - W| / W`` of two logarithms of sums, at most 1; an empty row is right only where the other is empty."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.where(lse == exact, 0.0, np.fmin(np.abs(np.expm1(lse - exact)), 1.0))
-
-
-def _relative_error(output: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Of rows (..., dv), at most 1."""
-    size, off = np.linalg.norm(exact, axis=-1), np.linalg.norm(output - exact, axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(off == 0, 0.0, np.fmin(off / size, 1.0))
-
-
-def _of_values(values: np.ndarray, m: int, delta: float, leading: tuple[int, ...]) -> Estimate:
-    """Of a quantity (H, s) in [0, 1], both kinds of bounds with 1 - delta; heads unfolded to their leading shape."""
-    upper = np.array([upper_mean(x, m, delta / len(values)) for x in values])
-    return _estimate(values, upper, m, delta, leading)
-
-
-def _of_property(hits: np.ndarray, m: int, delta: float, leading: tuple[int, ...]) -> Estimate:
-    """Likewise of a property (H, s), whose bounds of single heads are exact."""
-    upper = np.array([upper_share(int(x.sum()), x.size, m, delta / len(hits)) for x in hits])
-    return _estimate(hits.astype(np.float64), upper, m, delta, leading)
-
-
-def _estimate(values: np.ndarray, upper: np.ndarray, m: int, delta: float, leading: tuple[int, ...]) -> Estimate:
-    mean, overall = values.mean(axis=1), upper_mean_of_strata(values, m, delta)
-    return Estimate(
-        values.reshape(*leading, -1), mean.reshape(leading), upper.reshape(leading), float(mean.mean()), overall
-    )
+        draws = [self.rng.choice(m, size, replace=False) for _ in range(math.prod(leading))]  # in random order
+        rows = np.array(draws)  # (H, s)
+        found = self.prompt.estimates(given, rows, self.tolerance, delta)
+        return Audit(1 - delta, self.tolerance, m, rows.reshape(*leading, size), found, selection)
 
 
 def _escalated(look: _Look, selection: Any, delta: float, limits: Mapping[str, float]) -> Audit:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from attention import reference
+from attention.audit_bounds import Estimates, estimates, relative_error, sums_error
 from attention.engine import Plan, fold, prompt_arrays
 from attention.result import Result
 from attention.values import Values
@@ -69,6 +70,13 @@ class Prompt:
         """Keys."""
         return int(self.keys.shape[1])
 
+    def estimates(self, selection: Any, rows: np.ndarray, tolerance: float, delta: float) -> Estimates:
+        """What rows (H, s), in the order of drawing, say of a policy, a result or kept keys, with 1 - delta."""
+        output, lse = attended(selection, self, rows)
+        exact, exact_lse = self.exact(rows)
+        dropped, error = sums_error(lse, exact_lse), relative_error(output, exact)
+        return estimates(dropped, error, tolerance, self.q.shape[-2], delta, tuple(self.q.shape[:-2]))
+
     def exact(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Output (H, s, dv) and log-sum-exp (H, s) of some rows (H, s), by the definition."""
         found = [self._exact(head, chosen) for head, chosen in enumerate(rows)]
@@ -80,10 +88,6 @@ class Prompt:
         queries, keys, values = self.of(head)
         output, lse = reference.dense(queries[None, rows], keys[None], values[None], self.weight, self.scale, keep=seen)
         return output[0], lse[0]
-
-    def attended(self, selection: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Output (H, s, dv) float64 and log-sum-exp (H, s) of rows (H, s), by a policy, a result or kept keys."""
-        return attended(selection, self, rows)
 
     def of(self, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Queries (m, d) of one head, and the keys (n, d) and values (n, dv) that it reads."""

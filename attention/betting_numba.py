@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import njit, prange
 
@@ -17,7 +15,7 @@ def _odds(y, past, i, population, mean):
 
 
 @njit(cache=True)
-def refutes(x, population, mean, shares, log_prior, level):
+def _refutes(x, population, mean, shares, log_prior, level):
     """Whether the mixture of shares (S,) ever has a log capital of at least level; x (s,) in the order of drawing."""
     paths = log_prior.copy()
     past = 0.0
@@ -25,11 +23,35 @@ def refutes(x, population, mean, shares, log_prior, level):
         y = 1 - x[i]
         odds = _odds(y, past, i, population, mean)
         past += y
-        paths += np.log(1 - shares + shares * odds)
-        top = paths.max()
-        if top > -np.inf and top + math.log(np.exp(paths - top).sum()) >= level:
+        top = -np.inf
+        for share in range(len(shares)):
+            paths[share] += np.log(1 - shares[share] + shares[share] * odds)
+            top = max(top, paths[share])
+        total = 0.0
+        for share in range(len(shares)):
+            total += np.exp(paths[share] - top)
+        if top + np.log(total) >= level:
             return True
     return False
+
+
+@njit(parallel=True, cache=True)
+def first_refuted(x, population, means, shares, log_prior, level):
+    """The first of the rising means (H, A + 1) of each sample (H, s) that is refuted, the last if none is -> (H,).
+
+    Every mean above a refuted one is refuted too.
+    """
+    found = np.empty(len(x), np.int64)
+    for sample in prange(len(x)):
+        low, high = 0, means.shape[1] - 1
+        while low < high:
+            middle = (low + high) // 2
+            if _refutes(x[sample], population, means[sample, middle], shares, log_prior, level):
+                high = middle
+            else:
+                low = middle + 1
+        found[sample] = low
+    return found
 
 
 @njit(parallel=True, cache=True)
@@ -53,8 +75,9 @@ def best_means(x, population, means, shares, prices):
                 for share in range(len(shares)):
                     product[share] *= min(1 - shares[share] + shares[share] * odds, MOST)
                 if (i + 1) % DRAWS == 0 or i + 1 == x.shape[1]:
-                    capital += np.log(product)
-                    product[:] = 1.0
+                    for share in range(len(shares)):
+                        capital[share] += np.log(product[share])
+                        product[share] = 1.0
             for share in range(len(shares)):
                 for price in range(len(prices)):
                     value = after - prices[price] * capital[share]

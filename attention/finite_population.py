@@ -18,40 +18,34 @@ are ours.  The empirical Bernstein bound of Maurer and Pontil (COLT 2009) is wid
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from functools import lru_cache
-
 import numpy as np
-from scipy.stats import hypergeom
 
-from attention import betting_numba
+from attention import betting_numba, hypergeometric_numba
 
 SHARES = np.arange(1, 9) / 8  # theta, the share of the capital that is bet each time
 LOG_PRIOR = np.log([1 / 14] * 7 + [1 / 2])  # half on the boldest, the best one where nearly all values are near zero
 CANDIDATES = 400  # means tried; bounds are rounded up to the next one
 PRICES = np.geomspace(1e-6, 10.0, 160)  # Lagrange multipliers tried; each gives a valid bound
-SLACK = 1e-9  # above any rounding of a logarithm of capital
+SLACK = 1e-9  # above any rounding of a logarithm of capital or of a chance
 
 
-def upper_mean(x: np.ndarray, population: int, delta: float) -> float:
-    """A bound that the population's mean exceeds with probability at most ``delta``.
+def upper_means(x: np.ndarray, population: int, delta: float) -> np.ndarray:
+    """A bound for each of H populations, which its mean exceeds with probability at most ``delta``.
 
     Args:
-        x: (s,) float64, at most 1 as all of the population; drawn without replacement, in the order of drawing.
-        population: N >= s.
-        delta: in (0, 1).
+        x: (H, s) float64, at most 1 as all of the populations; drawn without replacement, in the order of drawing.
+        population: N >= s, of each.
+        delta: in (0, 1), for each.
 
     Returns:
-        float: at least the sample's own contribution ``sum(x) / N``, the exact mean if s = N.
+        np.ndarray: (H,); at least the samples' own contributions ``sum(x) / N``, the exact means if s = N.
     """
     means = _candidates(x, population)
-    if len(x) == population:
-        return float(means[0])
-
-    def refuted(i: int) -> bool:  # as is every larger one, because the capital grows with the mean
-        return bool(betting_numba.refutes(x, population, means[i], SHARES, LOG_PRIOR, SLACK - np.log(delta)))
-
-    return float(means[bisect_left(range(CANDIDATES), True, key=refuted)])
+    if x.shape[1] == population:
+        return means[:, 0]
+    level = SLACK - np.log(delta)
+    first = betting_numba.first_refuted(x, population, means, SHARES, LOG_PRIOR, level)
+    return np.take_along_axis(means, first[:, None], axis=1)[:, 0]
 
 
 def upper_mean_of_strata(x: np.ndarray, population: int, delta: float) -> float:
@@ -64,14 +58,14 @@ def upper_mean_of_strata(x: np.ndarray, population: int, delta: float) -> float:
         sum_h m_h <= lambda L + sum_h max_m (m - lambda log K_h(m)).
 
     Args:
-        x: (H, s) float64, at most 1; each row as for `upper_mean`.
+        x: (H, s) float64, at most 1; each row as for `upper_means`.
         population: N of each stratum.
         delta: in (0, 1), for all strata together.
 
     Returns:
         float: the bound.
     """
-    means = np.array([_candidates(stratum, population) for stratum in x])
+    means = _candidates(x, population)
     if x.shape[1] == population:
         return float(means[:, 0].mean())
     best = betting_numba.best_means(x, population, means, SHARES, PRICES).sum(axis=0)  # (S, P)
@@ -79,25 +73,24 @@ def upper_mean_of_strata(x: np.ndarray, population: int, delta: float) -> float:
     return float(min(means[:, -1].mean(), ((PRICES * levels[:, None] + best) / len(x)).min()))
 
 
-@lru_cache(maxsize=4096)  # heads are often alike
-def upper_share(hits: int, sample: int, population: int, delta: float) -> float:
-    """The same for the share of a population that has some property, exact: Clopper and Pearson's, hypergeometric.
+def upper_shares(hits: np.ndarray, sample: int, population: int, delta: float) -> np.ndarray:
+    """The same for the shares of populations that have some property, exact: Clopper and Pearson's, hypergeometric.
 
     Args:
-        hits: rows of the sample that have it.
-        sample: s, rows drawn without replacement.
-        population: N.
-        delta: in (0, 1).
+        hits: (H,) int64; rows of each sample that have it.
+        sample: s, rows drawn without replacement from each population.
+        population: N, of each.
+        delta: in (0, 1), for each.
 
     Returns:
-        float: K / N for the largest K at which at most ``hits`` hits have probability above delta.
+        np.ndarray: (H,); K / N for the largest K at which at most ``hits`` hits have probability above delta, or
+            within rounding of it.
     """
-    totals = range(hits, population - sample + hits + 1)
-    above = bisect_left(totals, True, key=lambda total: hypergeom.cdf(hits, population, total, sample) <= delta)
-    return totals[max(above - 1, 0)] / population
+    return hypergeometric_numba.largest_totals(hits, population, sample, np.log(delta) - SLACK) / population
 
 
 def _candidates(x: np.ndarray, population: int) -> np.ndarray:
-    """Means (CANDIDATES + 1,) from the least possible, ``x`` among zeros, to the largest, denser near the least."""
-    least, most = x.sum() / population, (x.sum() + population - len(x)) / population
+    """Means (H, CANDIDATES + 1) from the least possible, ``x`` (H, s) among zeros, to the largest, denser below."""
+    least = x.sum(axis=1, keepdims=True) / population
+    most = (x.sum(axis=1, keepdims=True) + population - x.shape[1]) / population
     return least + (most - least) * np.linspace(0, 1, CANDIDATES + 1) ** 2

@@ -16,9 +16,10 @@ Models have random weights: Llama-3.1-8B's shape with 4 layers and its whole voc
 
 from __future__ import annotations
 
+import argparse
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,12 +45,14 @@ from benchmarks.whole_models import (
     Shape,
     dense_cache,
     forward,
+    random_tokens,
     registered,
-    tokens,
 )
+from hsr import checks
 
 DEVICE = decode_gpu_case.DEVICE
 QUICK_LENGTHS = 1024, 8192
+LEAST_TOKENS = 256
 DENSITY, SPARSE = 0.1, 4096  # of prompts; tokens below which all attention is dense
 ROUNDS, STEPS_TIMED = 7, 40
 LONGEST_STATIC = 1 << 15
@@ -64,15 +67,22 @@ def missing() -> str | None:
     return None if torch.cuda.is_available() else "end-to-end needs an NVIDIA GPU, and torch and triton built for it"
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    """What this case can be asked for."""
+    parser.add_argument("--tokens", nargs="+", type=int, help="that models have read (every model its own lengths)")
+
+
 @torch.no_grad()
-def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
-    """A row for every model and length."""
+def rows(quick: bool, note: Callable[[str], None], tokens: Sequence[int] | None = None) -> Iterator[Row]:
+    """A row for every model and length, ascending."""
+    for n in tokens or ():
+        checks.whole("tokens", n, LEAST_TOKENS)
     registered()
     for shape in SHAPES:
         model = shape.model()
         gate(model, note)
         held: Held = ()
-        for n in QUICK_LENGTHS if quick else shape.lengths:
+        for n in sorted(tokens or (QUICK_LENGTHS if quick else shape.lengths)):
             try:
                 row, held = measured(shape, model, n, held, note)
             except torch.cuda.OutOfMemoryError:
@@ -86,7 +96,7 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
 
 def gate(model: Any, note: Note) -> None:
     """WrongAnswer unless captured steps, of every dense kernel and of both of ours, have the same logits."""
-    ids = tokens(model, GATE + 2)
+    ids = random_tokens(model, GATE + 2)
     last = ids[:, GATE : GATE + 1]
     dense = dense_cache(model, ids[:, : GATE + 1])
     DenseKernels.step = STATIC  # transformers' own
@@ -111,7 +121,7 @@ def captured(
     for name in names:
         DenseKernels.step = name
         try:
-            forward(model, cache, tokens(model, 1), place)  # what compiles does so here
+            forward(model, cache, random_tokens(model, 1), place)  # what compiles does so here
             yield name, DenseSteps(model, cache, place)
         except (RuntimeError, ImportError, ValueError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -122,7 +132,7 @@ def captured(
 def measured(shape: Shape, model: Any, n: int, last: Held, note: Note) -> tuple[Row, Held]:
     """The row of one length, and keys and values of the last prompt that was read."""
     row: Row = {"model": shape.name, "layers": model.config.num_hidden_layers, "n": n}
-    ids, read = tokens(model, n), n <= shape.prompts
+    ids, read = random_tokens(model, n), n <= shape.prompts
     best: dict[str, float] = {}
     if read:
         for name in KERNELS:
@@ -136,9 +146,8 @@ def measured(shape: Shape, model: Any, n: int, last: Held, note: Note) -> tuple[
         DenseKernels.prompt = min(best, key=lambda name: best[name])
         held = dense_cache(model, ids).held()
     else:
-        held = last
-    repeats = n // held[0][0].shape[2]
-    whole = list(held) if read else [(k.repeat(1, 1, repeats, 1), v.repeat(1, 1, repeats, 1)) for k, v in held]
+        held = last or dense_cache(model, ids[:, : shape.prompts]).held()
+    whole = list(held) if read else [(repeated(k, n), repeated(v, n)) for k, v in held]
     row |= dense_steps(model, n, whole, note)
     row |= {"dense_prompt": DenseKernels.prompt if read else None, "dense_prefill_s": min(best.values(), default=None)}
     budget = SETTING.draws(model.config.head_dim, n).budget
@@ -147,6 +156,11 @@ def measured(shape: Shape, model: Any, n: int, last: Held, note: Note) -> tuple[
     row["speedup"] = row["dense_step_ms"] / row["step_ms"]
     row["prefill_speedup"] = None if not read else row["dense_prefill_s"] / (row["prefill_s"] + row["codes_s"])  # type: ignore[operator]
     return row, held
+
+
+def repeated(part: torch.Tensor, n: int) -> torch.Tensor:
+    """(1, g, m, d) -> (1, g, n, d)."""
+    return part.repeat(1, 1, -(-n // part.shape[2]), 1)[:, :, :n]
 
 
 def prompt_seconds(call: Callable[[], object]) -> float:
@@ -172,7 +186,7 @@ def looped(step: Callable[[torch.Tensor], torch.Tensor], token: torch.Tensor) ->
 def dense_steps(model: Any, n: int, held: Held, note: Note) -> Row:
     """Steps of every kernel, and the fastest one's."""
     model.set_attn_implementation(DENSE)
-    token, names = tokens(model, 1), [*KERNELS, *([STATIC] if n <= LONGEST_STATIC else [])]
+    token, names = random_tokens(model, 1), [*KERNELS, *([STATIC] if n <= LONGEST_STATIC else [])]
     steps = captured(model, DenseCache(len(held), held), n, names, note)
     found = {name: 1e3 * looped(step, token).median for name, step in steps}
     static = found.pop(STATIC, None)
@@ -200,14 +214,14 @@ def our_steps(
             model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
             return cache
 
-        model(input_ids=tokens(model, 1), past_key_values=run())  # what compiles does so here
+        model(input_ids=random_tokens(model, 1), past_key_values=run())  # what compiles does so here
         row["prefill_s"] = launched(run, 1).median
         cache = run()
     else:
         cache = HSRCache(model.config, decode=decode, dense_below=SPARSE)
         for number in range(len(whole)):
             cache.update(*whole.pop(0), number)
-    token = tokens(model, 1)
+    token = random_tokens(model, 1)
     torch.cuda.synchronize()
     begun = time.perf_counter()
     model(input_ids=token, past_key_values=cache)

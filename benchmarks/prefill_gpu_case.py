@@ -17,8 +17,9 @@ prompt; or SmolLM2's of one layer, where the model is or HSR_HEADS names a file 
 
 from __future__ import annotations
 
+import argparse
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ from benchmarks.ledger import Row
 from benchmarks.replays import launched, peak_bytes, replayed
 from gpu import listed
 from gpu.block_sampled import key_lists
+from gpu.exact_rows import exact_rows
+from hsr import checks
 
 DEVICE = decode_gpu_case.DEVICE
 HERE, DTYPE = "cuda", torch.bfloat16
@@ -104,13 +107,23 @@ def missing() -> str | None:
     return None if torch.cuda.is_available() else "prefill-gpu needs an NVIDIA GPU, and torch and triton built for it"
 
 
-def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
+def options(parser: argparse.ArgumentParser) -> None:
+    """What this case can be asked for."""
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, help=f"of synthetic prompts ({LENGTHS[0]} to {LENGTHS[-1]}, and {LONGEST[1]})"
+    )
+
+
+def rows(quick: bool, note: Callable[[str], None], tokens: Sequence[int] | None = None) -> Iterator[Row]:
     """A row per prompt and setting; what fails is a note, and the next prompt follows."""
+    for n in tokens or ():
+        checks.whole("tokens", n, ROWS, LONGEST[1])
+    lengths = QUICK_LENGTHS if quick else LENGTHS if tokens is None else sorted({*tokens} - {LONGEST[1]})
     for shape in SHAPES:
         gate(*shape)
     for shape in SHAPES:
         best: str | None = None
-        for n in QUICK_LENGTHS if quick else LENGTHS:
+        for n in lengths:
             prompt = _tried(f"a prompt of n = {n} at {shape}", note, partial(made, *shape, n))
             dense: Milliseconds = {}
             yield from compared("synthetic", prompt, dense, note, best if n >= LONG else None)
@@ -120,8 +133,9 @@ def rows(quick: bool, note: Callable[[str], None]) -> Iterator[Row]:
         return
     yield from _real(note)
     shape, n, setting = LONGEST
-    prompt = _tried(f"a prompt of n = {n}", note, partial(made, *shape, n))
-    yield from ours("synthetic", prompt, setting, {}, note)
+    if tokens is None or n in tokens:
+        prompt = _tried(f"a prompt of n = {n}", note, partial(made, *shape, n))
+        yield from ours("synthetic", prompt, setting, {}, note)
 
 
 def _real(note: Callable[[str], None]) -> Iterator[Row]:
@@ -206,7 +220,7 @@ def sample(prompt: Prompt) -> Sample:
     h, n = prompt.q.shape[1:3]
     random = torch.Generator(HERE).manual_seed(SEED)
     chosen = torch.randint(n, (h, SAMPLE), device=HERE, generator=random)
-    output, lse = listed.rows(*prompt, chosen.int(), prompt.scale)
+    output, lse = exact_rows(*prompt, chosen.cpu().numpy(), prompt.scale)
     return Sample(chosen, output[0].float(), lse[0])
 
 
@@ -220,7 +234,7 @@ def gate(h: int, g: int, d: int) -> None:
     wanted = scores.masked_fill_(hidden, -torch.inf).softmax(2) @ v
     rows = torch.arange(n, device=HERE).expand(h, n)
     exact = Sample(rows, wanted.float(), scores.logsumexp(2).float())
-    found = {"exact rows": listed.rows(*prompt, rows.int().contiguous(), prompt.scale)}
+    found = {"exact rows": exact_rows(*prompt, rows.cpu().numpy(), prompt.scale)}
     for name, lists in (("lists of everything", everything(h, n)), ("density 1", drawn(prompt, 1.0, 8))):
         found[name] = listed.attend(*prompt, lists, prompt.scale)
     for name, (output, lse) in found.items():

@@ -54,8 +54,8 @@ SMOLLM = {
 }  # fmt: skip
 SHAPES = (
     Shape("llama-8b, 4 layers", LLAMA | {"num_hidden_layers": 4}, LENGTHS, 1 << 17),
-    Shape("smollm2-135m", SMOLLM | {"num_hidden_layers": 30}, LENGTHS[::2], 1 << 16),
     Shape("llama-8b", LLAMA | {"num_hidden_layers": 32}, (1024, 8192, 32768, 131072, 524288), 1 << 15),
+    Shape("smollm2-135m", SMOLLM | {"num_hidden_layers": 30}, LENGTHS[::2], 1 << 16),
 )
 Held = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer
 
@@ -201,7 +201,7 @@ def _after(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Te
     return found
 
 
-def tokens(model: Any, n: int) -> torch.Tensor:
+def random_tokens(model: Any, n: int) -> torch.Tensor:
     """(1, n) random tokens."""
     return torch.randint(model.config.vocab_size, (1, n), device=HERE, generator=torch.Generator(HERE).manual_seed(n))
 
@@ -231,7 +231,7 @@ class DenseSteps:
     """A dense step as a graph, like `CapturedSteps`."""
 
     def __init__(self, model: Any, cache: DenseCache, place: int) -> None:
-        self._token = tokens(model, 1)
+        self._token = random_tokens(model, 1)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = forward(model, cache, self._token, place)

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from attention.engine import prompt_limits
 from attention.result import Result
 from attention.weights import ReLUPower, Softmax
-from gpu import listed
+from gpu import audit_bounds
+from gpu.audit_bounds import Awaited
+from gpu.audit_errors import measure
+from gpu.exact_rows import parts
 from gpu.prompt import batched
+from gpu.tensors import sent
 from hsr import checks
 from hsr.errors import ArgumentError
 
@@ -35,22 +38,14 @@ class CudaPrompt:
     causal: bool
     weight: Softmax
     scale: float
-    limits: np.ndarray  # (H, m); keys each row sees
 
     @property
     def n(self) -> int:
         """Keys."""
         return self.k.shape[-2]
 
-    def exact(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (H, s) -> output (H, s, dv), log-sum-exp (H, s)."""
-        q, k, v = batched(self.q, self.k, self.v)
-        chosen = torch.from_numpy(rows.astype(np.int32)).to(self.q.device)
-        output, lse = listed.rows(q, k, v, chosen, self.scale)
-        return _host(output.flatten(0, 1)), _host(lse.flatten(0, 1))
-
-    def attended(self, selection: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (H, s) of a `Result` whose tensors lie on the GPU, likewise.
+    def estimates(self, selection: Any, rows: np.ndarray, tolerance: float, delta: float) -> Awaited:
+        """Rows (H, s), in the order of drawing, of a `Result` whose tensors lie on the GPU; nothing waits for it.
 
         Raises:
             ArgumentError: anything else, or one of another prompt.
@@ -63,11 +58,19 @@ class CudaPrompt:
             raise ArgumentError(
                 f"selection must have output {tuple(self.q.shape)} to match q; got {tuple(selection.output.shape)}"
             )
-        chosen = torch.from_numpy(rows).to(self.q.device)
-        output = selection.output.reshape(*self.limits.shape, -1)
         lse: Any = selection.lse
-        picked = output.gather(1, chosen[..., None].expand(-1, -1, output.shape[2]))
-        return _host(picked), _host(lse.reshape(self.limits.shape).gather(1, chosen))
+        if tuple(lse.shape) != tuple(self.q.shape[:-1]):
+            raise ArgumentError(
+                f"selection must have lse {tuple(self.q.shape[:-1])} to match q; got {tuple(lse.shape)}"
+            )
+        (heads, drawn), (m, d) = rows.shape, self.q.shape[-2:]
+        told = sent(audit_bounds.settings(heads, m, tolerance, delta), self.q.device)
+        packed = torch.empty(sum(audit_bounds.sizes(heads, drawn)), dtype=torch.float64, device=self.q.device)
+        with torch.cuda.device_of(self.q):
+            found = parts(*batched(self.q, self.k, self.v), rows, self.scale)
+            measure(found, selection.output.reshape(heads, m, d), lse.reshape(heads, m), told[3:], packed)
+        leading = tuple(self.q.shape[:-2])
+        return audit_bounds.awaited(packed, told, (heads, drawn), m, delta, tolerance, leading)
 
 
 def audited(
@@ -76,9 +79,4 @@ def audited(
     """The table's entry; tensors as for `gpu.prompt.prompt`."""
     batched(q, k, v)
     factor = k.shape[-1] ** -0.5 if scale is None else checks.real("scale", scale, np.nextafter(0, 1), math.inf)
-    return CudaPrompt(q, k, v, causal, weight, factor, prompt_limits(q, k, causal))
-
-
-def _host(part: torch.Tensor) -> np.ndarray:
-    found: np.ndarray = part.double().cpu().numpy()
-    return found
+    return CudaPrompt(q, k, v, causal, weight, factor)

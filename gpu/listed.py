@@ -19,7 +19,6 @@ from gpu.tensors import where_it_lies
 from hsr.errors import ArgumentError
 
 DTYPES = (torch.float16, torch.bfloat16)
-FEW = 16  # rows of a program where they are chosen: programs are few, and long
 TILES = {64: (64, 3), 128: (64, 3), 256: (32, 2)}  # keys of a tile and stages, by width
 
 
@@ -37,19 +36,17 @@ def _attended(q, k, v, factor, bias, m, total, acc):
 
 @triton.jit
 def listed(
-    Q, K, V, MEAN_K, MEAN_V, OUTPUT, LSE, CHOSEN, Q_SIZES, K_SIZES, TOKEN_STARTS, TOKENS, LOG_WEIGHTS, BLOCK_STARTS,
+    Q, K, V, MEAN_K, MEAN_V, OUTPUT, LSE, Q_SIZES, K_SIZES, TOKEN_STARTS, TOKENS, LOG_WEIGHTS, BLOCK_STARTS,
     BLOCKS, MEAN_STARTS, MEANS, q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_m, rows, keys, heads, blocks,
     scale, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr,
     N: tl.constexpr, STAGES: tl.constexpr,
-    HAS_TOKENS: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_MEANS: tl.constexpr, GIVEN: tl.constexpr,
-    SIZED: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_MEANS: tl.constexpr, SIZED: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * heads, T): T blocks of M rows, the last first, because they have most to do.
 
     Q (B, heads, rows, D), K (B, heads / G, keys, D), V (.., DV), OUTPUT like Q by strides, columns contiguous; LSE
     (B * heads, rows) float32, natural.  Q_SIZES and K_SIZES (B,): rows and keys of each sequence, where SIZED; a
-    sequence's last row sees its last key.  With GIVEN, rows are those that CHOSEN (B * heads, rows) names, in any
-    order, and see every key up to their own; ``rows`` counts them and there are no lists.
+    sequence's last row sees its last key.
     """
     head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -62,19 +59,11 @@ def listed(
     if SIZED:
         many, size = tl.load(Q_SIZES + batch), tl.load(K_SIZES + batch)
     here = i < many
-    if GIVEN:
-        place = tl.load(CHOSEN + head.to(tl.int64) * rows + i, mask=i < rows, other=0)
-        position = place + (size - many)
-        here = i < rows
-        edge = 0
-        end = tl.max(position, 0) + 1
-    else:
-        place = i
-        position = size - many + i
-        edge = tl.maximum(size - many + block * M, 0) // KEYS * KEYS
-        end = tl.minimum(size - many + block * M + M, size)
+    position = size - many + i
+    edge = tl.maximum(size - many + block * M, 0) // KEYS * KEYS
+    end = tl.minimum(size - many + block * M + M, size)
     q = tl.load(
-        Q + batch * q_b + inner * q_h + place.to(tl.int64)[:, None] * q_m + d[None, :], mask=here[:, None], other=0.0
+        Q + batch * q_b + inner * q_h + i.to(tl.int64)[:, None] * q_m + d[None, :], mask=here[:, None], other=0.0
     )
     factor = scale * LOG2E
     k_base = K + batch * k_b + (inner // G) * k_h
@@ -181,32 +170,10 @@ def attend(
         lists.mean_offsets, lists.means,
     ))  # fmt: skip
     listed[(B * h, row_blocks(m))](
-        q, k, v, *means, output, lse, spare, *present, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, *means, output, lse, *present, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *output.stride()[:3], m, n, h, row_blocks(m), scale, G=h // g, D=d, DV=d, M=ROWS, KEYS=KEYS, N=tile,
         STAGES=stages, HAS_TOKENS=weights is not None, HAS_BLOCKS=lists.blocks is not None,
-        HAS_MEANS=lists.means is not None, GIVEN=False, SIZED=sizes is not None, num_warps=8, num_stages=stages,
-    )  # fmt: skip
-    return output, lse
-
-
-@where_it_lies
-def rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact causal attention of some rows (B h, s) int32 -> output (B, h, s, d), log-sum-exp (B, h, s), float32."""
-    B, h, m, d = q.shape
-    g, n = k.shape[1:3]
-    s = chosen.shape[1]
-    output = torch.empty((B, h, s, d), dtype=torch.float32, device=q.device)
-    lse = torch.empty((B, h, s), dtype=torch.float32, device=q.device)
-    tile, stages = TILES[d]
-    sizes = [torch.full((B,), size, dtype=torch.int32, device=q.device) for size in (m, n)]
-    blocks = -(-s // FEW)
-    listed[(B * h, blocks)](
-        q, k, v, k, v, output, lse, chosen, *sizes, *[lse] * 7, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *output.stride()[:3], s, n, h, blocks, scale, G=h // g, D=d, DV=d, M=FEW, KEYS=KEYS, N=tile, STAGES=stages,
-        HAS_TOKENS=False, HAS_BLOCKS=False, HAS_MEANS=False, GIVEN=True, SIZED=True, num_warps=max(4, d // 32),
-        num_stages=stages,
+        HAS_MEANS=lists.means is not None, SIZED=sizes is not None, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return output, lse
 

@@ -20,6 +20,7 @@ from attention.result import Certificate, Counters, Result
 from attention.shared_prompt import BlockResult, Selects
 from attention.weights import ReLUPower, Softmax
 from gpu import block_sampled, listed, prompt_cost
+from gpu.exact_rows import exact_rows
 from gpu.tensors import where_it_lies
 from hsr import checks
 from hsr.errors import ArgumentError
@@ -185,15 +186,15 @@ def _within(policy: BlockSampled, error: float, arrays: Tensors, scale: float) -
     q, k, v = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     rng = np.random.default_rng(policy.seed)
-    rows = np.array([rng.choice(m, min(MEASURED, m), replace=False) for _ in range(heads)], np.int32)
+    rows = np.array([rng.choice(m, min(MEASURED, m), replace=False) for _ in range(heads)])
     chosen = torch.from_numpy(rows).to(q.device)
-    exact = listed.rows(q, k, v, chosen, scale)[0].flatten(0, 1)  # (H, s, d) float32
+    exact = exact_rows(q, k, v, rows, scale)[0].flatten(0, 1)  # (H, s, d) float32
     least = min(least_density(m, n) + (1 - least_density(m, n)) * SHARE, 1.0)
     answer = drawn(policy, least, arrays, scale)
     output, lse = answer.output.view(heads, m, -1), answer.lse.view(heads, m)
     density = np.full(heads, least)
     while True:
-        found = output.gather(1, chosen[..., None].long().expand(-1, -1, q.shape[3])).float()
+        found = output.gather(1, chosen[..., None].expand(-1, -1, q.shape[3])).float()
         off = (found - exact).norm(dim=2)
         missed = torch.where(off == 0, 0.0, off / exact.norm(dim=2)).mean(1).cpu().numpy()
         late = np.flatnonzero(~(missed <= error) & (density < 1))  # not a number is too much

@@ -21,7 +21,6 @@ from gpu.codes import (
 
 WHOLE = tl.constexpr(16777216.0)  # 2 ** UNIT
 PARTS = tl.constexpr(16)  # a found key counts so much in FOUND
-EVERY = tl.constexpr(8)  # tiles of which one is counted in FOUND
 STEEP = tl.constexpr(16.0)  # a list that is full lowers chances by 2 ** -STEEP
 
 
@@ -51,8 +50,7 @@ def scan(
     padded rows; CODES (heads, room, ROW) bytes, ROW at most R; LENGTHS (heads,) int32, SEEDS (heads,) int32
     -> DRAWN (heads, cap) int64, a key's id below ``pi * 2 ** (32 + UNIT)``, unordered between tiles; COUNTS (heads,
     LINE) int32, first column, zero at the start, above cap where keys were drawn and not listed; FOUND (heads, LINE)
-    int32, first GP columns, PARTS times how
-    many keys each query head alone draws on average, as one in EVERY tiles' draws estimate it.
+    int32, first GP columns, PARTS times how many keys each query head alone draws on average, as the draw estimates it.
 
     A chance is rounded to a multiple of 2 ** -24, at least one, and that multiple is both drawn by and weighed by, so
     sums over the draw stay unbiased.  Systematic: within a block of 64, key j is drawn where the whole part of
@@ -135,8 +133,7 @@ def scan(
                 place = tl.where(drawn, place, cap)
                 listed = (chance.to(tl.int64) << 32) | index
                 tl.store(DRAWN + head.to(tl.int64) * cap + place, listed, mask=place < cap)
-                if (tile + j) % EVERY == 0:
-                    stands = tl.where(drawn, WHOLE / tl.maximum(chance, 1).to(tl.float32), 0.0)
-                    alone = tl.exp2(tl.minimum(each, 0.0)) * tl.reshape(stands, (KEYS,))[:, None]
-                    number = tl.minimum(tl.sum(alone, 0) * (PARTS * EVERY), 1e8).to(tl.int32)
-                    tl.atomic_add(FOUND + head * LINE + g, number, sem="relaxed")
+                stands = tl.where(drawn, WHOLE / tl.maximum(chance, 1).to(tl.float32), 0.0)
+                alone = tl.exp2(tl.minimum(each, 0.0)) * tl.reshape(stands, (KEYS,))[:, None]
+                number = tl.minimum(tl.sum(alone, 0) * PARTS, 1e8).to(tl.int32)
+                tl.atomic_add(FOUND + head * LINE + g, number, sem="relaxed")

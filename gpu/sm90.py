@@ -26,9 +26,12 @@ from triton.compiler import ASTSource
 
 from attention.skip_softmax_reference import BLOCK
 from gpu import (
+    audit_bounds,
+    audit_errors,
     block_sampled,
     chosen,
     encode,
+    exact_rows,
     gather,
     half_space,
     importance,
@@ -115,6 +118,7 @@ def cases() -> Iterator[Case]:
     yield from importance_cases()
     yield from chosen_cases()
     yield from skip_cases()
+    yield from audit_cases()
 
 
 def half_space_cases() -> Iterator[Case]:
@@ -141,17 +145,15 @@ def relu_cases() -> Iterator[Case]:
 
 
 def listed_cases() -> Iterator[Case]:
-    """The shapes that `gpu.listed` launches: lists of each kind, lists with sizes, exact rows."""
+    """The shapes that `gpu.listed` launches: lists of each kind, lists with sizes."""
     kinds = dict.fromkeys(("MEAN_K", "MEAN_V"), "*bf16") | dict.fromkeys(("LOG_WEIGHTS", "LSE"), "*fp32")
     kinds |= dict.fromkeys(("TOKEN_STARTS", "BLOCK_STARTS", "MEAN_STARTS"), "*i64")
-    kinds |= dict.fromkeys(("CHOSEN", "Q_SIZES", "K_SIZES", "TOKENS", "BLOCKS", "MEANS"), "*i32")
+    kinds |= dict.fromkeys(("Q_SIZES", "K_SIZES", "TOKENS", "BLOCKS", "MEANS"), "*i32")
     for D, (tile, stages) in listed.TILES.items():
-        for M, tokens, blocks, means, sized in (
-            (128, True, False, False, False), (128, True, True, True, True), (listed.FEW, False, False, False, True),
-        ):  # fmt: skip
-            given = {"HAS_TOKENS": tokens, "HAS_BLOCKS": blocks, "HAS_MEANS": means, "GIVEN": M < 128, "SIZED": sized}
-            shape = {"G": 4, "D": D, "DV": D, "M": M, "KEYS": 128, "N": tile, "STAGES": stages}
-            yield Case(listed.listed, shape | given, 8 if M == 128 else max(4, D // 32), "MMA", kinds, stages)
+        for all in (False, True):
+            given = {"HAS_TOKENS": True, "HAS_BLOCKS": all, "HAS_MEANS": all, "SIZED": all}
+            shape = {"G": 4, "D": D, "DV": D, "M": 128, "KEYS": 128, "N": tile, "STAGES": stages}
+            yield Case(listed.listed, shape | given, 8, "MMA", kinds, stages)
 
 
 def skip_cases() -> Iterator[Case]:
@@ -160,6 +162,19 @@ def skip_cases() -> Iterator[Case]:
     for D, stages in skip_softmax.STAGES.items():
         shape = {"G": 4, "D": D, "DV": D, "M": 128, "N": BLOCK, "STAGES": stages}
         yield Case(skip_softmax.skip_softmax, shape, 8, "HGMMA", kinds, stages)
+
+
+def audit_cases() -> Iterator[Case]:
+    """The shapes that `gpu.exact_rows`, `gpu.audit_errors` and `gpu.audit_bounds` launch."""
+    doubles = dict.fromkeys("TOLERANCE VALUES SETTINGS PRIOR PRICES BEST LEVELS OVERALL".split(), "*fp64")
+    for D, (M, N, stages, warps) in exact_rows.TILES.items():
+        shape = {"G": 4, "D": D, "M": M, "N": N, "STAGES": stages}
+        yield Case(exact_rows.pieces, shape, warps, "HGMMA", {"PLAN": "*i32"}, stages)
+        shape = {"D": D, "M": M, "JOINED": exact_rows.JOINED}
+        yield Case(exact_rows.join, shape, 4, "", {"PLAN": "*i32", "OUTPUT": "*fp32"})
+        yield Case(audit_errors.errors, shape | {"G": 4}, 4, "", doubles | {"PLAN": "*i32"})
+    yield Case(audit_bounds.bounds, audit_bounds.BOUNDS, audit_bounds.WARPS, "", doubles)
+    yield Case(audit_bounds.overall, audit_bounds.OVERALL, 4, "", doubles)
 
 
 def importance_cases() -> Iterator[Case]:

@@ -26,7 +26,7 @@ constexpr int EIGHT = 8;                         // keys that a warp attends to 
 constexpr int LIST = BLOCK + EIGHT;              // keys that a warp lists at most: it scans on while there are fewer
 constexpr int UNIT = 24;
 constexpr int LINE = 32;
-constexpr int EVERY = 8, PARTS = 16;             // as in `gpu.scan`
+constexpr int PARTS = 16;                        // as in `gpu.scan`
 constexpr int COLUMNS = 4;                       // of STATUS: crowded, (unused), starved, refused
 constexpr int SLICES = AXES <= THREADS ? THREADS / AXES : 1;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -530,8 +530,8 @@ struct Block {
         if (first >= stop || first + position(threadIdx.x % SHARE, j) < start) pi[j] = 0;
   }
 
-  // List the drawn keys of a block with the base-2 logarithms of their chances; returns how many.  One block in EVERY
-  // adds to `alone` how many this lane's two heads would draw by themselves.
+  // List the drawn keys of a block with the base-2 logarithms of their chances; returns how many.  Adds to `alone` how
+  // many of them this lane's two heads would have drawn by themselves.
   __device__ __forceinline__ int draw(u32 seed, int block, int *id, float *chance, float (&alone)[2]) const {
     const int lane = threadIdx.x % 32;
     int ordered[2];  // in order of keys: this lane has keys 2 lane and 2 lane + 1
@@ -568,17 +568,16 @@ struct Block {
     #pragma unroll
     for (int j = 0; j < 2; j++)
       if (take[j]) id[place[j]] = block * BLOCK + 2 * lane + j, chance[place[j]] = log2_((float)ordered[j]) - UNIT;
-    if (block % EVERY == 0)
+    #pragma unroll
+    for (int t = 0; t < TILES; t++)
       #pragma unroll
-      for (int t = 0; t < TILES; t++)
+      for (int j = 0; j < 2; j++) {
+        int key = position(t, j);
+        const float most = fminf(best[t][j], 0.f);
+        const bool drawn = (key % 2 ? mask1 : mask0) >> (key / 2) & 1;
         #pragma unroll
-        for (int j = 0; j < 2; j++) {
-          int key = position(t, j);
-          const float most = fminf(best[t][j], 0.f);
-          const bool drawn = (key % 2 ? mask1 : mask0) >> (key / 2) & 1;
-          #pragma unroll
-          for (int g = 0; g < 2; g++) alone[g] += drawn ? exp2_(fminf(each[t][j][g], 0.f) - most) : 0.f;
-        }
+        for (int g = 0; g < 2; g++) alone[g] += drawn ? exp2_(fminf(each[t][j][g], 0.f) - most) : 0.f;
+      }
     return many;
   }
 };
@@ -692,7 +691,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
       merged(a, s, index, parts, ends, 1, 0, output, count);
       break;
     }
-    if (thread < G && s.found[thread] > 0.f) atomicAdd(a.found + index * LINE + 8 + thread, (int)fminf(s.found[thread] * (PARTS * EVERY), 1e8f));
+    if (thread < G && s.found[thread] > 0.f) atomicAdd(a.found + index * LINE + 8 + thread, (int)fminf(s.found[thread] * PARTS, 1e8f));
     if (thread == 0 && s.count > 0) atomicAdd(a.counts + index * LINE + 1, s.count);
     __syncthreads();
     if (thread == 0) {  // releases what this program wrote and, for the last, acquires what all did

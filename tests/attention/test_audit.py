@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from attention import Audit, Certified, Dense, Kept, ReLUPower, Result, Sampled, Softmax, TopR, audit, decode, prefill
-from attention.finite_population import upper_mean, upper_mean_of_strata, upper_share
+from attention.finite_population import upper_mean_of_strata, upper_means, upper_shares
 from attention.reference import dense
 from hsr import ArgumentError, HSRIndex
 
@@ -411,8 +411,8 @@ def test_the_risk_is_split_over_quantities_and_heads() -> None:
     found = audit(*problem, TopR(5), rows=20, confidence=0.94)
     for name in ("dropped", "error"):
         estimate = getattr(found, name)
-        assert estimate.upper.tolist() == [upper_mean(x, 50, (1 - 0.94) / 6) for x in estimate.values]
+        assert estimate.upper.tolist() == upper_means(estimate.values, 50, (1 - 0.94) / 6).tolist()
         assert estimate.overall_upper == upper_mean_of_strata(estimate.values, 50, (1 - 0.94) / 3)
     hits = found.exceeding.values.sum(axis=1).astype(int)
-    assert found.exceeding.upper.tolist() == [upper_share(int(x), 20, 50, (1 - 0.94) / 6) for x in hits]
+    assert found.exceeding.upper.tolist() == upper_shares(hits, 20, 50, (1 - 0.94) / 6).tolist()
     assert found.exceeding.overall_upper == upper_mean_of_strata(found.exceeding.values, 50, (1 - 0.94) / 3)

@@ -235,17 +235,6 @@ def test_keys_that_are_not_listed_are_not_read():
     assert_close(attend(q, k, v, lists), true)
 
 
-@pytest.mark.parametrize("d", [64, 128])
-def test_exact_rows(d):
-    q, k, v = inputs(2, 2, 2, 90, 210, d, seed=11)
-    rng = np.random.default_rng(2)
-    chosen = torch.from_numpy(rng.integers(0, 90, (8, 70)).astype(np.int32)).to(HERE)
-    output, lse = module.rows(q, k, v, chosen, d**-0.5)
-    true = masked(q, k, v, seen(90, 210), d**-0.5)
-    at = chosen.cpu().numpy().reshape(2, 4, 70)
-    assert_close((output, lse), (np.take_along_axis(true[0], at[..., None], 2), np.take_along_axis(true[1], at, 2)))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from typing import Any
@@ -15,9 +14,7 @@ pytest.importorskip("triton")
 
 from attention import BlockSampled, Dense, Listed, TopR, audit, prefill  # noqa: E402
 from attention.key_lists import KeyLists, budget, edges, row_blocks  # noqa: E402
-from attention.weights import Softmax  # noqa: E402
 from gpu import prompt, prompt_cost  # noqa: E402
-from gpu.audited import audited  # noqa: E402
 from gpu.prompt_cost import Line, Rates  # noqa: E402
 from hsr.errors import ArgumentError, BackendUnavailable  # noqa: E402
 from tests.gpu.interpreted import HERE, pytestmark  # noqa: E402, F401
@@ -150,25 +147,6 @@ def test_lists_of_any_kind_of_array(kind):
     result = prompt.prompt(q, k, v, Listed(given), None)
     assert off(result.output.cpu(), torch.from_numpy(wanted.output).double()) < 2e-3
     assert np.array_equal(result.counters.reported.cpu().numpy(), wanted.counters.reported)
-
-
-def test_an_audit_sees_a_result_and_its_faults():
-    q, k, v = made()
-    result = prompt.prompt(q, k, v, BlockSampled(density=0.9), None)
-    seen = audited(q, k, v, True, Softmax(), None)
-    rows = np.stack([np.random.default_rng(i).permutation(300)[:40] for i in range(4)])
-    output, lse = exact(q, k, v)
-    here = torch.from_numpy(rows).to(HERE)
-    found, sums = seen.exact(rows)
-    wanted = output[0].gather(1, here[..., None].expand(-1, -1, 64)).cpu()
-    assert off(torch.from_numpy(found), wanted) < 2e-3
-    assert np.abs(sums - lse[0].gather(1, here).cpu().numpy()).max() < 1e-3
-    attended, _ = seen.attended(result, rows)
-    assert np.array_equal(
-        attended, result.output[0].gather(1, here[..., None].expand(-1, -1, 64)).double().cpu().numpy()
-    )
-    with pytest.raises(ArgumentError, match="selection must"):
-        seen.attended(dataclasses.replace(result, output=result.output[:, :, :7]), rows)
 
 
 @pytest.mark.parametrize(

@@ -312,3 +312,18 @@ def test_a_session_on_the_gpu_appends_attends_and_replays():
     wanted, _ = exact(q, cache.keys[:, :, :4074], cache.values[:, :, :4074])
     assert ((output.double() - wanted).norm(dim=-1) < 0.1 * wanted.norm(dim=-1)).all()
     assert (cache.status == 0).all()
+
+
+@pytest.mark.parametrize("hot", [3, 8])
+def test_budgets_are_kept_where_the_mass_lies_in_one_block(hot):
+    """Every draw counts: were it a few blocks', the threshold would follow whether the hot one is among them."""
+    k, v, q = inputs(1, 1, 2, 1700, 64, seed=7)
+    k[:, :, 64 * hot : 64 * hot + 64] += 0.8 * q[:, :1, None]
+    cache = SampledCache(k, v, 2, Draws(30.0), 0.125)
+    counts = []
+    for _ in range(16):
+        attend(cache, q)
+        counts.append(cache.counts[0, 0].item())
+    alone = cache.found[0, :2].sum().item() / 16
+    assert counts[-1] <= 1.3 * alone  # the union of what the heads draw, whose sum is counted
+    assert 30 < np.mean(counts[8:]) < 70
