@@ -138,6 +138,7 @@ class HSRCache(Cache):
             run, one from which the policies can serve.
 
     After a pass that is refused, `reset` the cache, or go on with a copy from before: some layers hold its tokens.
+    `SharePrefill` layers that share `PivotalPatterns` serve one prompt, in one pass and without padding.
     Where a step is one launch, reordered beams, prompts of more than 16 tokens and crops of most tokens make all codes
     anew.
 
