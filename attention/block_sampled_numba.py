@@ -1,6 +1,6 @@
 """Drawing the keys that blocks of rows share, on the CPU; `attention.listed_reference` has the meaning.
 
-Parallel over the lines of a head, whose codes are held, T n bytes.  Scores of representative rows are products of BLAS,
+Parallel over the lines of a head, whose codes are held, T n bytes.  Scores of representatives are products of BLAS,
 of so few keys at a time that BLAS starts no threads of its own: two pools of threads wait for each other's idle ones.
 """
 
