@@ -1,11 +1,15 @@
 """Sparse prefill: blocks of 128 rows share keys that are drawn by importance, with one threshold for a head.
 
-What real heads say (SmolLM2, 8192 tokens, 33 heads of 10 layers, every eighth block, a tenth of the pairs): errors over
-those of the best 128 x 128 blocks of each head by true mass, 0.31 as it stands and
+What real heads say (SmolLM2, 8192 tokens, a tenth of the pairs): errors over those of the best 128 x 128 blocks of each
+head by true mass, over all 270 heads 0.25 as it stands, 0.27 with 2 representatives, 0.26 with 4 and 0.22 with 32
+(`python -m benchmarks.run prefill-accuracy`); the worst head's is 1.3, 1.5, 1.4 and 1.0.  With single rows as
+representatives they were 0.33 with 4, 0.29 with 8 and 0.24 with 32, the worst head's 3.3, 2.5 and 1.2.  Over 63 heads
+of seven layers two representatives have 0.31 as single rows, 0.28 as means of two neighbours, 0.24 of eight, 0.22 of
+eight rows evenly spaced in their half of the block, as of all 64; one mean of sixteen rows has 0.23.
 
-- 0.35 with 4 representative rows, 0.29 with 16; rows far from the block's mean or from each other do no better.  Over
-  all 270 heads the worst one has 2.4 times the error of its best blocks with 8, 1.7 with 16, 1.2 with 32: few heads
-  need more than 8, those whose rows look for keys of their own;
+With 8 single rows, for 33 heads of 10 layers and every eighth block: 0.31 and
+
+- rows far from the block's mean or from each other did no better;
 - 0.30 with exact log-sums, which cost a second pass over the keys; 0.50 where the first key block, which holds the
   sink, counts by its mean key, too;
 - 0.35 with the mean key's share of all 128 rows instead of the representatives'; 0.41 with the block's mass by their
@@ -15,10 +19,11 @@ those of the best 128 x 128 blocks of each head by true mass, 0.31 as it stands 
 - 0.63 against 0.48 (by predicted variance) where weights are smeared along diagonals, for heads that look back by a
   fixed distance: they gain less than the others lose;
 - with a causal selection, over 90 heads and all rows, mean errors 0.197, 0.083 and 0.036 at 5, 10 and 20 % where those
-  of the default are 0.157, 0.065 and 0.028: its representatives cost that, its thresholds nothing (0.200, 0.084, 0.037
-  with one threshold for the head).  Three others lost: the threshold at which all blocks so far would have spent the
-  density's share of them (half of the keys listed, 0.268, 0.181, 0.101), that with what is unspent added (0.271, 0.171,
-  0.092), and a future that grows as the keys do, which keeps too much for the end (0.262, 0.124, 0.063).
+  of the default were 0.157, 0.065 and 0.028: its representatives cost that, its thresholds nothing (0.200, 0.084, 0.037
+  with one threshold for the head); means of rows take 5 to 9 % off (36 heads).  Three others lost: the threshold at
+  which all blocks so far would have spent the density's share of them (half of the keys listed, 0.268, 0.181, 0.101),
+  that with what is unspent added (0.271, 0.171, 0.092), and a future that grows as the keys do, which keeps too much
+  for the end (0.262, 0.124, 0.063).
 
 Heavy blocks taken whole would be a choice of their own; drawn by the same importance their keys are certain anyway.
 """
@@ -51,10 +56,11 @@ class BlockSampled:
     """An unbiased sample of keys for every 128 rows of a prompt: lifted half-space reporting for blocks of rows.
 
     Rows attend exactly to the keys near them: those from the last multiple of 128 before their block on.  Of older
-    keys, a few representative rows of the block estimate the importance x_j, a root mean square of weights, times
-    ``||v_j - c||``; key j is drawn with chance ``min(1, x_j / 2^T)`` and then weighs ``exp(s_j) / chance`` with exact
-    scores.  T is chosen for each head so that its blocks list as many keys together as the density allows: a block that
-    needs more gets more.  Sums of weights and of weighted values are unbiased over seeds.
+    keys, a few representatives of the block, means of eight rows each, estimate the importance x_j, a root mean
+    square of weights, times ``||v_j - c||``; key j is drawn with chance ``min(1, x_j / 2^T)`` and then weighs
+    ``exp(s_j) / chance`` with exact scores.  T is chosen for each head so that its blocks list as many keys together
+    as the density allows: a block that needs more gets more.  Sums of weights and of weighted values are unbiased
+    over seeds.
 
     `prefill` returns a `BlockResult`: the output in q's dtype, lse, the densities reached, and counters: ``reported``
     and ``scanned`` are the keys that a row attends to, its near ones included, ``visited`` the codes of its block.
@@ -79,7 +85,7 @@ class BlockSampled:
             ``causal_selection`` is refused here.
         seconds: or else the time that the call should take, by rates measured once in the process for the call's widths
             and dtype.  Approximate: other work on the machine counts, and never fewer keys than one a block are listed.
-        rows: representative rows of a block, a divisor of 128: 4 where time counts, 32 where the hardest heads do.
+        rows: representatives of a block, a divisor of 128: 2 where time counts, 32 where the hardest heads do.
         causal_selection: decide by the first row of a block and ones before it, with a threshold for every block.
         seed: of the draws, 0 .. 2**63 - 1.  Give layers different seeds, so that their errors are independent.
 

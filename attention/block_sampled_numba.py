@@ -1,6 +1,6 @@
 """Drawing the keys that blocks of rows share, on the CPU; `attention.listed_reference` has the meaning.
 
-Parallel over the lines of a head, whose codes are held, T n bytes.  Scores of representative rows are products of BLAS,
+Parallel over the lines of a head, whose codes are held, T n bytes.  Scores of representatives are products of BLAS,
 of so few keys at a time that BLAS starts no threads of its own: two pools of threads wait for each other's idle ones.
 """
 
@@ -13,7 +13,7 @@ from numba import get_num_threads, njit, prange, types
 from numba.extending import overload
 
 from attention.chances import chances, head_thresholds, lengths, log_weights
-from attention.key_lists import KEYS, KeyLists, edges, representatives
+from attention.key_lists import KEYS, KeyLists, edges, representatives, spoken_for
 from attention.listed_reference import CODES, FARTHEST, FIRST, ONE, STEPS, TOP, pooled
 from hsr.exp_block import FAST, exp32
 from hsr.lifted_numba import BITS
@@ -67,12 +67,13 @@ def _products(asked, keys, room, scores):
 
 
 @njit(parallel=True, cache=True)
-def _encode(q, k, pools, values, sample, rate, edge, threads, codes, histograms):
+def _encode(q, k, pools, values, seen, rate, edge, threads, codes, histograms):
     """Fill codes (T, n) uint8 and histograms (T, 256) int64 of zeros, of one head.
 
-    q (m, d), k (n, d), pools (n // 128, d) mean keys, values (n,) int8, sample (T, R), rate the scale in q's type.
+    q (T, R, d) representatives, k (n, d), pools (n // 128, d) mean keys, values (n,) int8, seen (T, R) keys before
+    where they stand and there, rate the scale in q's type.
     """
-    (m, d), n, rows = q.shape, len(k), sample.shape[1]
+    (_, rows, d), n = q.shape, len(k)
     one = q.dtype.type(1)
     for thread in prange(threads):
         asked, base, x = np.empty((rows, d), q.dtype), np.empty(rows, q.dtype), np.empty(KEYS, q.dtype)
@@ -82,15 +83,15 @@ def _encode(q, k, pools, values, sample, rate, edge, threads, codes, histograms)
             last = edge[block]
             if last == 0:
                 continue
-            seen = last
+            most = last
             for r in range(rows):
                 for c in range(d):
-                    asked[r, c] = q[sample[block, r], c] * rate
-                seen = max(seen, n - m + sample[block, r] + 1)
-            _products(asked, k[:seen], room, scores)
+                    asked[r, c] = q[block, r, c] * rate
+                most = max(most, seen[block, r])
+            _products(asked, k[:most], room, scores)
             _products(asked, pools[: last // KEYS], room, means)
             for r in range(rows):
-                base[r] = _log_sum(scores[r], means[r], KEYS, last, max(n - m + sample[block, r] + 1, last))
+                base[r] = _log_sum(scores[r], means[r], KEYS, last, max(seen[block, r], last))
             for whole in range(last // KEYS):
                 x[:] = 0
                 shared = 0.0
@@ -146,16 +147,18 @@ def value_codes(v: np.ndarray) -> np.ndarray:
 
 
 def encoded(
-    q: np.ndarray, k: np.ndarray, means: np.ndarray, values: np.ndarray, sample: np.ndarray, scale: float
+    q: np.ndarray, k: np.ndarray, means: np.ndarray, values: np.ndarray, rows: int, causal: bool, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One head's q (m, d), k (n, d), mean keys, `value_codes` and representatives (T, R) -> codes and histograms.
+    """One head's q (m, d), k (n, d), mean keys and `value_codes` -> codes and histograms.
 
     Codes (T, n) uint8, which mean something for a line's eligible keys only; histograms (T, 256) int64.
     """
     m, n = len(q), len(k)
-    codes, histograms = np.empty((len(sample), n), np.uint8), np.zeros((len(sample), CODES), np.int64)
+    asked = q[spoken_for(m, rows, causal)].mean(axis=2, dtype=np.float64).astype(q.dtype)
+    seen = n - m + representatives(m, rows, causal) + 1
+    codes, histograms = np.empty((len(seen), n), np.uint8), np.zeros((len(seen), CODES), np.int64)
     rate = q.dtype.type(scale)
-    _encode(q, k, means, values, sample, rate, edges(m, n), get_num_threads(), codes, histograms)
+    _encode(asked, k, means, values, seen, rate, edges(m, n), get_num_threads(), codes, histograms)
     return codes, histograms
 
 
@@ -172,13 +175,13 @@ def key_lists(
     """See `attention.listed_reference.key_lists`; float32 input is scored in float32."""
     q, k = (np.ascontiguousarray(x) for x in (q, k))
     heads, m, n = len(q), q.shape[1], k.shape[1]
-    sample, edge = representatives(m, rows, causal), edges(m, n)
+    edge = edges(m, n)
     repeat = heads // len(k)
     counts, tokens, weights = [], [], []
     for source in range(len(k)):
         means, values = pooled(k[source]).astype(k.dtype), value_codes(v[source])
         for head in range(source * repeat, (source + 1) * repeat):
-            codes, histograms = encoded(q[head], k[source], means, values, sample, scale)
+            codes, histograms = encoded(q[head], k[source], means, values, rows, causal, scale)
             u = chances(head_thresholds(histograms, float(densities[head]), m, n, causal))
             found = lengths(histograms, u, starts[head])
             offsets = np.concatenate([[0], np.cumsum(found)])

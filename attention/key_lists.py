@@ -18,6 +18,7 @@ from hsr.errors import ArgumentError
 
 ROWS = 128  # rows of a block
 KEYS = 128  # keys of a block
+SPOKEN = 8  # rows whose mean speaks for a part of a block
 
 
 ARRAYS = ("token_offsets", "tokens", "log_weights", "block_offsets", "blocks", "mean_offsets", "means")
@@ -64,7 +65,7 @@ def budget(density: float, m: int, n: int) -> float:
 
 
 def representatives(m: int, rows: int, causal: bool = False) -> np.ndarray:
-    """Rows that speak for each block, evenly spaced in it: (T, rows) int64, ``rows`` a divisor of 128.
+    """Where those stand that speak for each block, evenly spaced in it: (T, rows) int64, ``rows`` a divisor of 128.
 
     Causal: the block's first row and ones before it, so that nothing after any row of the block decides for it.
     """
@@ -73,6 +74,20 @@ def representatives(m: int, rows: int, causal: bool = False) -> np.ndarray:
     if causal:
         return np.maximum(first - step * (ROWS // rows), 0)
     return np.minimum(first + (2 * step + 1) * (ROWS // 2) // rows, m - 1)
+
+
+def spoken_for(m: int, rows: int, causal: bool = False) -> np.ndarray:
+    """The rows whose mean a representative is: (T, rows, s) int64, s = min(SPOKEN, 128 / rows).
+
+    Evenly spaced in the representative's part of the block; causal: from where it stands back.
+    """
+    part = ROWS // rows
+    s = min(SPOKEN, part)
+    first = ROWS * np.arange(row_blocks(m), dtype=np.int64)[:, None, None]
+    begin, step = part * np.arange(rows, dtype=np.int64)[:, None], np.arange(s, dtype=np.int64)
+    if causal:
+        return np.maximum(first - begin - step * (part // s), 0)
+    return np.minimum(first + begin + (2 * step + 1) * part // (2 * s), m - 1)
 
 
 @dataclass(frozen=True)

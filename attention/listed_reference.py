@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from attention.key_lists import KEYS, ROWS, KeyLists, budget, edges, representatives, row_blocks
+from attention.key_lists import KEYS, ROWS, KeyLists, budget, edges, representatives, row_blocks, spoken_for
 from hsr.lifted_numba import BITS, mixed
 
 CODES = 256
@@ -88,35 +88,38 @@ def value_codes(v: np.ndarray) -> np.ndarray:
         return np.clip(np.rint(STEPS * np.log2(distance / rms)), -FARTHEST, FARTHEST).astype(np.int8)
 
 
-def log_sums(q: np.ndarray, k: np.ndarray, block: int, sample: np.ndarray, scale: float) -> np.ndarray:
-    """L_r, the log-sum-exp that rows sample (R,) of q (m, d) have about, as block I sees k (n, d): (R,).
+def asked(q: np.ndarray, rows: int, causal: bool) -> np.ndarray:
+    """q (m, d) -> the representatives of its blocks, means of the rows that they speak for: (T, R, d) float64."""
+    return q[spoken_for(len(q), rows, causal)].astype(np.float64).mean(axis=2)
+
+
+def log_sums(queries: np.ndarray, k: np.ndarray, edge: int, seen: np.ndarray, scale: float) -> np.ndarray:
+    """L_r, the log-sum-exp that a block's representatives (R, d) have about, as it sees k (n, d): (R,).
 
     Exact scores of key block 0, if it is eligible; for later eligible blocks J, ``ln 128 +`` the score of their mean
-    key; exact scores of band keys up to the row's own position.
+    key; exact scores of band keys ``edge .. seen_r - 1``, those up to where the representative stands.
     """
-    m, n = len(q), len(k)
-    edge = edges(m, n)[block]
-    found = np.empty(len(sample))
-    for r, row in enumerate(sample):
-        query = scale * q[row].astype(np.float64)
+    found = np.empty(len(queries))
+    for r, query in enumerate(scale * queries.astype(np.float64)):
         first = k[: min(edge, KEYS)] @ query
         later = math.log(KEYS) + pooled(k[:edge])[1:] @ query
-        band = k[edge : max(n - m + row + 1, edge)] @ query
+        band = k[edge : max(seen[r], edge)] @ query
         found[r] = np.logaddexp.reduce(np.concatenate([first, later, band]))
     return found
 
 
-def codes(q: np.ndarray, k: np.ndarray, values: np.ndarray, block: int, sample: np.ndarray, scale: float) -> np.ndarray:
-    """Importance of the eligible keys of block I, in eighths of octaves: (edge_I,) uint8; values (n,) as `value_codes`.
+def codes(
+    queries: np.ndarray, k: np.ndarray, values: np.ndarray, edge: int, seen: np.ndarray, scale: float
+) -> np.ndarray:
+    """Importance of a block's eligible keys, in eighths of octaves: (edge,) uint8; values (n,) as `value_codes`.
 
     ``p_rj = min(1, exp(s_rj - L_r))``, ``pb_rJ = min(1, 128 exp(scale <q_r, mean key of J> - L_r))``,
     ``x_j^2 = mean_r p_rj^2 + (mean_r pb_rJ(j) / 128)^2``.  The code is ``8 log2 x_j`` but for ``log2`` being linear
     between powers of two of ``x_j^2``: the bits of that float32 without the last 21, which cost no logarithm; with
     ``w_j + 223``, clipped to 0 .. 255.
     """
-    edge = edges(len(q), len(k))[block]
-    base = log_sums(q, k, block, sample, scale)[:, None]
-    queries = scale * q[sample].astype(np.float64)
+    base = log_sums(queries, k, edge, seen, scale)[:, None]
+    queries = scale * queries.astype(np.float64)
     p = np.exp(np.minimum(queries @ k[:edge].astype(np.float64).T - base, 0.0))
     whole = np.exp(np.minimum(math.log(KEYS) + queries @ pooled(k[:edge]).T - base, 0.0))
     squares = (p**2).mean(axis=0) + (np.repeat(whole.mean(axis=0), KEYS) / KEYS) ** 2
@@ -212,17 +215,18 @@ def key_lists(
     One threshold for all blocks of a head; where causal, one per block, `paced`.
     """
     heads, m, n = len(q), q.shape[1], k.shape[1]
-    sample = representatives(m, rows, causal)
+    seen, edge = n - m + representatives(m, rows, causal) + 1, edges(m, n)
     blocks = range(row_blocks(m))
     parts = []
     for head in range(heads):
         source = head * len(k) // heads
         values = value_codes(v[source])
-        found = [codes(q[head], k[source], values, i, sample[i], scale) for i in blocks]
+        queries = asked(q[head], rows, causal)
+        found = [codes(queries[i], k[source], values, edge[i], seen[i], scale) for i in blocks]
         histograms = np.array([np.bincount(line, minlength=CODES) for line in found])
         kept = budget(densities[head], m, n)
         if causal:
-            thresholds = paced(histograms, kept, edges(m, n))
+            thresholds = paced(histograms, kept, edge)
         else:
             thresholds = [threshold(histograms.sum(axis=0), kept)] * len(blocks)
         parts += [draw(found[i], chances(thresholds[i]), int(starts[head, i])) for i in blocks]

@@ -40,7 +40,7 @@ def density_for(seconds: float, shape: tuple[int, int, int], rates: Rates) -> fl
 
 @functools.lru_cache(maxsize=64)
 def rates(d: int, width: int, dtype: str, rows: int, method: str) -> Rates:
-    """Of keys of width d, values of another width and a dtype, lists by so many representative rows."""
+    """Of keys of width d, values of another width and a dtype, lists by so many representatives."""
     short, long = (_prompt(m, d, width, dtype) for m in ROWS_TIMED)
     select = choose("key_lists", method)
 

@@ -1,6 +1,6 @@
 """Keys that blocks of query rows share, drawn by importance: `attention.block_sampled` on the GPU.
 
-Nine launches.  The kernels of `gpu.importance` keep a byte of every key for every block of rows, its importance in
+Ten launches.  The kernels of `gpu.importance` keep a byte of every key for every block of rows, its importance in
 eighths of octaves; `count`, `threshold`, `size`, `places` and `draw` need no more than these bytes.  Where the
 selection is causal, `gpu.pacing` stands in for `threshold`.  Codes, budgets and draws are defined in
 `attention.listed_reference`.
@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from attention.key_lists import KEYS, ROWS, KeyLists, budget, edges, row_blocks
+from attention.key_lists import KEYS, ROWS, SPOKEN, KeyLists, budget, edges, row_blocks
 from gpu import hopper, pacing
 from gpu.codes import UNIT, mixed
-from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool, typical
+from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool, represent, typical
 from gpu.sampled import seed_word
 from gpu.tensors import where_it_lies
 
@@ -142,8 +142,9 @@ def draw(
         carry += tl.sum(chance.to(tl.int64), 0)
 
 
-COLUMNS = 128  # representative rows that a program of `code` takes
-REPRESENTED = 64  # representative rows that a program of `normalise` takes
+TAKEN = 32  # representatives that a program of `represent` makes
+REPRESENTED = 64  # representatives that a program of `normalise` takes
+COLUMNS = 128  # representatives that a program of `code` takes
 TILE = 1024  # codes that `count` and `draw` take at once, lines that `places` takes
 SUMMED = 32  # histograms that `threshold` takes at once
 GRID = 65535  # programs that the second axis of a launch may have
@@ -172,7 +173,7 @@ def key_lists(
         k: (B, g, n, d).
         v: (B, g, n, dv), dv a power of two.
         density: of all pairs, as `attention.key_lists.KeyLists.densities` has it.
-        rows: representative rows of a block, a power of two up to 128; fastest from 2 to 16.
+        rows: representatives of a block, a power of two up to 128; fastest from 2 to 16.
         causal_selection: whether nothing after a row may bear on what it attends to.
         seed: of the draw.
         scale: of the scores.
@@ -278,17 +279,22 @@ class _Plan:
         def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(*shape, dtype=dtype, device=q.device)
 
+        queries = new(many, T, R, d, dtype=q.dtype)
+        represent[(triton.cdiv(T * R, TAKEN), many)](
+            q, queries, *q.stride()[:3], m, h, first, T, D=d, R=R, S=min(SPOKEN, ROWS // R), ROWS=ROWS,
+            CAUSAL=self._causal, TAKEN=TAKEN, num_warps=4,
+        )  # fmt: skip
         sums, shares = new(many, T, R, dtype=torch.float32), new(many, n // KEYS, T, dtype=torch.float32)
-        common = {"G": h // g, "D": d, "R": R, "ROWS": ROWS, "KEYS": KEYS, "CAUSAL": self._causal}
         together = self._together(first, many)
         padded = triton.next_power_of_2(together)
         lines = max(min(16, REPRESENTED // padded) // R, 1)  # of more the bands would be read for too few rows each
         normalise[(triton.cdiv(T, lines), many // together)](
-            q, k, self._means, sums, shares, *q.stride()[:3], *k.stride()[:3], m, n, h, first, T, self._scale,
-            LINES=lines, TOGETHER=together, PADDED=padded, num_warps=4, num_stages=stages(d), **common,
+            queries, k, self._means, sums, shares, *k.stride()[:3], m, n, h, first, T, self._scale, G=h // g, D=d, R=R,
+            LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal, TOGETHER=together, PADDED=padded, num_warps=4,
+            num_stages=stages(d),
         )  # fmt: skip
         codes = new(many, T, room, dtype=torch.uint8)
-        self._code(sums, shares, codes, first)
+        self._code(queries, sums, shares, codes, first)
         counts = new(many, T, 256, dtype=torch.int32)
         if hopper.on(codes.device):
             hopper.count(codes, counts, n - m)
@@ -309,17 +315,18 @@ class _Plan:
         G = math.gcd(self._q.shape[1] // self._k.shape[1], first, many)
         return G if triton.next_power_of_2(G) * self._rows <= REPRESENTED else 1
 
-    def _code(self, sums: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, first: int) -> None:
-        q, k, R = self._q, self._k, self._rows
-        if R in hopper.CODES_STAGES and hopper.serves(q, k, k):
-            hopper.importance(q, k, sums, shares, self._far, codes, first, self._causal, self._scale)
+    def _code(
+        self, queries: torch.Tensor, sums: torch.Tensor, shares: torch.Tensor, codes: torch.Tensor, first: int
+    ) -> None:
+        k, R = self._k, self._rows
+        h, m, d = self._q.shape[1:]
+        if R in hopper.CODES_STAGES and hopper.serves(k, k, k):
+            hopper.importance(queries, k, sums, shares, self._far, codes, (h, m), first, self._scale)
             return
-        h, m, d = q.shape[1:]
         g, n = k.shape[1:3]
         many, T, room = codes.shape
         lines = COLUMNS // R
         code[(triton.cdiv(T, lines), many)](
-            q, k, sums, shares, self._far, codes, *q.stride()[:3], *k.stride()[:3], m, n, h, first, T, room,
-            self._scale, G=h // g, D=d, R=R, LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal,
-            STAGES=stages(d), num_warps=8,
+            queries, k, sums, shares, self._far, codes, *k.stride()[:3], m, n, h, first, T, room, self._scale,
+            G=h // g, D=d, R=R, LINES=lines, ROWS=ROWS, KEYS=KEYS, STAGES=stages(d), num_warps=8,
         )  # fmt: skip

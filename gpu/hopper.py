@@ -17,7 +17,7 @@ from attention.key_lists import KEYS, KeyLists, row_blocks
 from hsr.errors import BackendUnavailable
 
 STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
-CODES_STAGES = {2: 4, 4: 5, 8: 5, 16: 5, 32: 5}  # tiles of keys that wait to be scored, by representative rows
+CODES_STAGES = {2: 4, 4: 5, 8: 5, 16: 5, 32: 5}  # tiles of keys that wait to be scored, by representatives of a block
 ITEMS, SHORTEST, LONGEST = 8, 4, 32  # of a processor, so that all end together; their tiles
 THREADS = 384  # of a program: one group that asks for tiles, two that multiply
 
@@ -40,8 +40,8 @@ Listed = _structure(
     True,
 )
 Importance = _structure(
-    "q sums shares far codes counter",
-    "q_b q_h q_m",
+    "queries sums shares far codes counter",
+    "",
     "rows keys heads groups first_head many lines room together chunk",
     True,
     mapped=True,
@@ -153,33 +153,33 @@ def attend(
 
 
 def importance(
-    q: torch.Tensor,
+    queries: torch.Tensor,
     k: torch.Tensor,
     sums: torch.Tensor,
     shares: torch.Tensor,
     far: torch.Tensor,
     codes: torch.Tensor,
+    heads_and_rows: tuple[int, int],
     first: int,
-    causal: bool,
     scale: float,
 ) -> None:
     """As `gpu.importance.code`, of heads from the first on, as many as there are codes for.
 
     Query heads of the same keys are scored side by side, if all of them are at work.
     """
-    h, m, d = q.shape[1:]
-    g, n = k.shape[1:3]
+    h, m = heads_and_rows
+    g, n, d = k.shape[1:]
     many, lines, room = codes.shape
-    settings = {"D": d, "BF16": int(q.dtype == torch.bfloat16), "R": sums.shape[2], "CAUSAL": int(causal)}
-    settings["STAGES"] = CODES_STAGES[sums.shape[2]]
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    tiles = many * sums.shape[2] * lines * (n - m + room) // (4 * KEYS * KEYS)  # of 128 keys and 256 rows
-    chunk = KEYS * min(max(tiles // (ITEMS * _processors(q.device)), SHORTEST), LONGEST)
+    R = queries.shape[2]
+    settings = {"D": d, "BF16": int(k.dtype == torch.bfloat16), "R": R, "STAGES": CODES_STAGES[R]}
+    counter = torch.zeros(1, dtype=torch.int32, device=k.device)
+    tiles = many * R * lines * (n - m + room) // (4 * KEYS * KEYS)  # of 128 keys and 256 representatives
+    chunk = KEYS * min(max(tiles // (ITEMS * _processors(k.device)), SHORTEST), LONGEST)
     arguments = Importance(
-        _tensor_map(k), *map(_address, (q, sums, shares, far, codes, counter)), *q.stride()[:3], m, n, h, h // g, first,
-        many, lines, room, math.gcd(h // g, first, many), chunk, scale,
+        _tensor_map(k), *map(_address, (queries, sums, shares, far, codes, counter)), m, n, h, h // g, first, many,
+        lines, room, math.gcd(h // g, first, many), chunk, scale,
     )  # fmt: skip
-    _launch("importance.cu", "importance", settings, (_processors(q.device), 1), THREADS, arguments, q.device)
+    _launch("importance.cu", "importance", settings, (_processors(k.device), 1), THREADS, arguments, k.device)
 
 
 def count(codes: torch.Tensor, histograms: torch.Tensor, shift: int) -> None:

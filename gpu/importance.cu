@@ -1,11 +1,11 @@
 // Codes of keys' importance to blocks of query rows: `gpu.importance.code` defines them, this is for sm_90.
 //
 // grid (multiprocessors,), 384 threads.  A producer group asks for tiles of 64 keys, whole boxes of a tensor map; two
-// consumer groups score them against 128 representative rows each, R of a block of rows of a head, and write a byte per
-// key and block.  Heads that read the same keys stand side by side: a *place* is a block of rows and one of them.  Rows
-// lie in such an order that a thread of the product holds all R scores of a key for a place: nothing is exchanged.
+// consumer groups score them against 128 representatives each, R of a block of rows of a head, and write a byte per key
+// and block.  Heads that read the same keys stand side by side: a *place* is a block of rows and one of them.  They lie
+// in such an order that a thread of the product holds all R scores of a key for a place: nothing is exchanged.
 //
-// Compiled with: D (64 or 128), BF16, R representative rows (2, 4, 8, 16 or 32), CAUSAL, STAGES.
+// Compiled with: D (64 or 128), BF16, R representatives (2, 4, 8, 16 or 32), STAGES.
 
 #include "hopper.cuh"
 
@@ -19,12 +19,11 @@ struct alignas(64) Map { u8 bytes[128]; };
 
 struct Arguments {
   Map map;                         // of the keys, (B, heads / groups, keys, D), in boxes of 64 by 64, swizzled as tiles are
-  const u16 *q;
+  const u16 *queries;              // (many, lines, R, D)
   const float *sums, *shares;      // (many, lines, R) base-2 log-sums; (many, keys / 128, lines) squares
   const signed char *far;          // (B * heads / groups, keys up to whole blocks)
   u8 *codes;                       // (many, lines, room)
   int *counter;                    // zero
-  i64 q_b, q_h, q_m;
   int rows, keys, heads, groups, first_head, many, lines, room;
   int together, chunk;             // heads side by side, of the many at work; keys that a program takes at once
   float scale;
@@ -74,7 +73,7 @@ struct Cursor {
 __device__ __forceinline__ void take_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(4 + group) : "memory"); }
 __device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(5 - group) : "memory"); }
 
-// Where the representative row of a column of a consumer's product lies: row `of` of place `place`.
+// Which representative a column of a consumer's product is: `of` of place `place`.
 __device__ __forceinline__ void column(int i, int &place, int &of) {
   const int j = i / 8;
   place = j / (R / 2) * 4 + i % 8 / 2, of = j % (R / 2) * 2 + i % 2;
@@ -114,18 +113,16 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
     const int local = item.bundle * a.together, head = a.first_head + local, batch = head / a.heads, inner = head % a.heads;
     #pragma unroll 1
     for (int group = 0; group < GROUPS; group++) {
-      const u16 *rows[2];  // of the column that the thread's lane names, and of the thread's own
+      i64 at[2];  // of the column that the thread's lane names, and of the thread's own
       #pragma unroll
       for (int i = 0; i < 2; i++) {
         int place, of;
         column(i ? thread : gather.listed, place, of);
         place += item.place + PLACES * group;
-        const int line = min(place / a.together, a.lines - 1), other = place % a.together;
-        const int row = CAUSAL ? max(line * ROWS - of * (ROWS / R), 0) : min(line * ROWS + (2 * of + 1) * (ROWS / 2) / R, a.rows - 1);
-        rows[i] = a.q + batch * a.q_b + (inner + other) * a.q_h + row * a.q_m;
-        if (i) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address(&s.sums[now][128 * group + thread])), "l"(a.sums + ((i64)(local + other) * a.lines + line) * R + of) : "memory");
+        at[i] = ((i64)(local + place % a.together) * a.lines + min(place / a.together, a.lines - 1)) * R + of;
       }
-      gather.rows(address(s.q[now][group]), rows[0]);
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address(&s.sums[now][128 * group + thread])), "l"(a.sums + at[1]) : "memory");
+      gather.rows(address(s.q[now][group]), a.queries + at[0] * D);
     }
     arrive_copied(s.q_full[now]);
     if (thread == 0) arrive(s.q_full[now]);

@@ -1,7 +1,8 @@
 """Importance of keys to blocks of query rows, a byte each: the kernels of `gpu.block_sampled` that read keys.
 
-`pool` reads keys and values once; `normalise` finds what the representative rows' weights sum to, from mean keys;
-`code` scores every key against every representative row.  Codes are defined in `attention.listed_reference`.
+`pool` reads keys and values once, `represent` the rows that speak for blocks; `normalise` finds what the weights of
+these representatives sum to, from mean keys; `code` scores every key against every representative.  Codes are defined
+in `attention.listed_reference`.
 """
 
 from __future__ import annotations
@@ -69,13 +70,36 @@ def pool(
 
 
 @triton.jit
-def _representative(line, r, rows, R: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
-    """Row r of those that speak for a block of rows."""
+def represent(
+    Q, QUERIES, q_b, q_h, q_m, rows, heads, first_head, lines, D: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    ROWS: tl.constexpr, CAUSAL: tl.constexpr, TAKEN: tl.constexpr,
+):  # fmt: skip
+    """Grid (groups of TAKEN representatives, heads at work): QUERIES (heads at work, lines, R, D), means of S rows."""
+    head = tl.program_id(1).to(tl.int64)  # of those at work
+    base = Q + (first_head + head) // heads * q_b + (first_head + head) % heads * q_h
+    c = tl.program_id(0) * TAKEN + tl.arange(0, TAKEN)
+    d = tl.arange(0, D)
+    line = c // R
+    here = (line < lines)[:, None]
+    total = tl.zeros((TAKEN, D), tl.float32)
+    for i in tl.static_range(S):
+        if CAUSAL:
+            row = tl.maximum(line * ROWS - c % R * (ROWS // R) - i * (ROWS // R // S), 0)
+        else:
+            row = tl.minimum(line * ROWS + c % R * (ROWS // R) + (2 * i + 1) * (ROWS // R) // (2 * S), rows - 1)
+        total += tl.load(base + row.to(tl.int64)[:, None] * q_m + d[None, :], mask=here, other=0.0).to(tl.float32)
+    to = QUERIES + (head * lines * R + c)[:, None] * D + d[None, :]
+    tl.store(to, (total / S).to(QUERIES.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _seen(line, r, rows, shift, R: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
+    """Keys before where representative r of a block stands, and there."""
     if CAUSAL:
         row = tl.maximum(line * ROWS - r * (ROWS // R), 0)
     else:
-        row = tl.minimum(line * ROWS + (2 * r + 1) * (ROWS // 2) // R, rows - 1)
-    return row
+        row = line * ROWS + (2 * r + 1) * (ROWS // 2) // R
+    return shift + tl.minimum(row, rows - 1) + 1
 
 
 @triton.jit
@@ -88,14 +112,14 @@ def _joined(m, total, s):
 
 @triton.jit
 def normalise(
-    Q, K, MEANS, SUMS, SHARES, q_b, q_h, q_m, k_b, k_h, k_n, rows, keys, heads, first_head, lines, scale,
+    QUERIES, K, MEANS, SUMS, SHARES, k_b, k_h, k_n, rows, keys, heads, first_head, lines, scale,
     G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, TOGETHER: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups of LINES lines, heads at work / TOGETHER): SUMS (heads at work, lines, R) float32, base-2 log-sums.
 
-    They are of the representative rows' weights, exact over the first key block and over the band, from mean keys
-    elsewhere.  SHARES (heads at work, keys // KEYS, lines) float32: the square of the mean of the rows' shares of
+    They are of the representatives' weights, exact over the first key block and over the band, from mean keys
+    elsewhere.  SHARES (heads at work, keys // KEYS, lines) float32: the square of the mean of their shares of
     weight, per key of a block, by its mean key; written where the block is eligible.
 
     TOGETHER heads, all of one key-value head, share what is read of it; PADDED is that, up to a power of two.
@@ -109,23 +133,22 @@ def normalise(
     o = tl.arange(0, KEYS)
     shift = keys - rows
     of = group * LINES + c // R % LINES
-    row = tl.minimum(_representative(of, c % R, rows, R, ROWS, CAUSAL), rows - 1)
     edge = (shift + of * ROWS) // KEYS * KEYS
-    position = shift + row
+    seen = _seen(of, c % R, rows, shift, R, ROWS, CAUSAL)
     own = tl.minimum(c // (LINES * R), TOGETHER - 1)
-    q_base = Q + batch * q_b + (inner + own).to(tl.int64)[:, None] * q_h
-    q = tl.load(q_base + row.to(tl.int64)[:, None] * q_m + d[None, :])
+    place = ((base + own).to(tl.int64) * lines + tl.minimum(of, lines - 1)) * R + c % R
+    q = tl.load(QUERIES + place[:, None] * D + d[None, :])
     k_base = K + batch * k_b + (inner // G).to(tl.int64) * k_h
     factor = scale * LOG2E
     m = tl.full((PADDED * LINES * R,), -float("inf"), tl.float32)
     total = tl.zeros((PADDED * LINES * R,), tl.float32)
     begin = (shift + group * LINES * ROWS) // KEYS * KEYS
-    for at in tl.range(begin - KEYS, tl.max(position, 0) + 1, KEYS):
+    for at in tl.range(begin - KEYS, tl.max(seen, 0), KEYS):
         first = tl.where(at < begin, 0, at)  # the first key block, then the bands
         j = first + o
         k = tl.load(k_base + j.to(tl.int64)[:, None] * k_n + d[None, :], mask=j[:, None] < keys, other=0.0)
         s = tl.dot(q, tl.trans(k)) * factor
-        band = (j[None, :] >= edge[:, None]) & (j[None, :] <= position[:, None]) & (at >= begin)
+        band = (j[None, :] >= edge[:, None]) & (j[None, :] < seen[:, None]) & (at >= begin)
         s = tl.where(band | ((at < begin) & (edge >= KEYS)[:, None]), s, -float("inf"))
         m, total = _joined(m, total, s)
     whole = keys // KEYS
@@ -139,7 +162,7 @@ def normalise(
         m, total = _joined(m, total, tl.where(eligible, s, -float("inf")))
     log = m + tl.log2(total)
     here = (of < lines) & (c < TOGETHER * LINES * R)
-    tl.store(SUMS + ((base + own).to(tl.int64) * lines + of) * R + c % R, log, mask=here)
+    tl.store(SUMS + place, log, mask=here)
     share_of = tl.arange(0, PADDED * LINES)
     line = group * LINES + share_of % LINES
     to = SHARES + (base + share_of // LINES).to(tl.int64)[:, None] * whole * lines + line[:, None]
@@ -154,13 +177,13 @@ def normalise(
 
 @triton.jit
 def code(
-    Q, K, SUMS, SHARES, FAR, CODES, q_b, q_h, q_m, k_b, k_h, k_n, rows, keys, heads, first_head, lines, room, scale,
+    QUERIES, K, SUMS, SHARES, FAR, CODES, k_b, k_h, k_n, rows, keys, heads, first_head, lines, room, scale,
     G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups of LINES lines, heads at work): CODES (heads at work, lines, room) uint8 of every eligible key.
 
-    The square of an importance is the mean square of the representative rows' probabilities and that of their share by
+    The square of an importance is the mean square of the representatives' probabilities and that of their share by
     the block's mean key, together.  Its exponent and first two bits are the code: eighths of octaves, or nearly.
     """
     group = tl.num_programs(0) - 1 - tl.program_id(0)  # those with most keys first
@@ -174,10 +197,10 @@ def code(
     shift = keys - rows
     of = group * LINES + c // R
     here = of < lines
-    row = tl.minimum(_representative(of, c % R, rows, R, ROWS, CAUSAL), rows - 1)
+    place = (head * lines + tl.minimum(of, lines - 1)) * R + c % R
     edge = (shift + line * ROWS) // KEYS * KEYS
-    q = tl.load(Q + batch * q_b + inner * q_h + row.to(tl.int64)[:, None] * q_m + d[None, :])
-    log = tl.load(SUMS + (head * lines + of) * R + c % R, mask=here, other=float("inf"))
+    q = tl.load(QUERIES + place[:, None] * D + d[None, :])
+    log = tl.load(SUMS + place, mask=here, other=float("inf"))
     k_base = K + batch * k_b + (inner // G) * k_h
     far_base = FAR + (batch * (heads // G) + inner // G) * (tl.cdiv(keys, KEYS) * KEYS)
     factor = scale * LOG2E

@@ -182,17 +182,18 @@ def importance_cases() -> Iterator[Case]:
     counts = {"HISTOGRAMS": "*i32", "CHANCES": "*i32", "STARTS": "*i32"}
     for D in (64, 128, 256):
         kinds = {"MEANS": "*bf16", "SHARES": "*fp32", "FAR": "*i8", "CODES": "*u8"}
-        kinds |= {"CENTRES": "*fp32", "SQUARES": "*fp32"}
+        kinds |= {"CENTRES": "*fp32", "SQUARES": "*fp32", "QUERIES": "*bf16"}
         yield Case(importance.typical, {"DV": D, "KEYS": 128}, 8, "", kinds)
         yield Case(importance.pool, {"D": D, "DV": D, "KEYS": 128}, 8, "", kinds)
-        for R, causal in ((4, False), (8, False), (8, True), (16, True)):
-            shape = {"G": 4, "D": D, "R": R, "ROWS": 128, "KEYS": 128, "CAUSAL": causal}
-            fitting = block_sampled.stages(D)
+        fitting = block_sampled.stages(D)
+        for R, causal in ((2, False), (4, False), (8, False), (8, True), (16, True)):
+            own = {"D": D, "R": R, "ROWS": 128, "CAUSAL": causal}
+            yield Case(importance.represent, own | {"S": min(8, 128 // R), "TAKEN": block_sampled.TAKEN}, 4, "", kinds)
             for together in (1, 4):
-                split = {"LINES": 16 // R, "TOGETHER": together, "PADDED": together}
-                yield Case(importance.normalise, shape | split, 4, "MMA", kinds, fitting)
-            lines = block_sampled.COLUMNS // R
-            yield Case(importance.code, shape | {"LINES": lines, "STAGES": fitting}, 8, "MMA", kinds)
+                split = {"G": 4, "KEYS": 128, "LINES": 16 // R, "TOGETHER": together, "PADDED": together}
+                yield Case(importance.normalise, own | split, 4, "MMA", kinds, fitting)
+            scored = {"G": 4, "D": D, "R": R, "ROWS": 128, "KEYS": 128, "LINES": block_sampled.COLUMNS // R}
+            yield Case(importance.code, scored | {"STAGES": fitting}, 8, "MMA", kinds)
     tile = {"ROWS": 128, "KEYS": 128, "TILE": block_sampled.TILE}
     yield Case(block_sampled.count, tile, 4, "", counts | {"CODES": "*u8"})
     summed = {"TOGETHER": block_sampled.SUMMED}
@@ -278,9 +279,8 @@ def prefill_settings() -> Iterator[tuple[str, dict[str, int]]]:
         for BF16, *lists in ((0, 1, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1), (1, 1, 1, 1), (1, 0, 0, 0)):
             kinds = dict(zip(("TOKENS", "BLOCKS", "MEANS"), lists, strict=True))
             yield "listed.cu", {"D": D, "BF16": BF16, **kinds, "STAGES": STAGES[D]}
-        for BF16, R, causal in ((1, 2, 0), (1, 4, 0), (0, 8, 0), (1, 8, 0), (1, 8, 1), (1, 16, 1), (1, 32, 0)):
-            shape = {"D": D, "BF16": BF16, "R": R, "CAUSAL": causal, "STAGES": CODES_STAGES[R]}
-            yield "importance.cu", shape
+        for BF16, R in ((1, 2), (1, 4), (0, 8), (1, 8), (1, 16), (1, 32)):
+            yield "importance.cu", {"D": D, "BF16": BF16, "R": R, "STAGES": CODES_STAGES[R]}
     yield "codes.cu", {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,22 @@ few = settings(max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def encoded(prompt: Prompt, rows: int, causal: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes and histograms of the first head, and its representatives."""
+def encoded(prompt: Prompt, rows: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and histograms of the first head."""
     q, k, v = (np.ascontiguousarray(x[0]) for x in prompt)
-    sample = representatives(len(q), rows, causal)
     means = listed_reference.pooled(k).astype(k.dtype)
     values = block_sampled_numba.value_codes(v)
-    return *block_sampled_numba.encoded(q, k, means, values, sample, prompt.scale), sample
+    return block_sampled_numba.encoded(q, k, means, values, rows, causal, prompt.scale)
+
+
+def defined(prompt: Prompt, rows: int, causal: bool) -> Iterator[np.ndarray]:
+    """Codes of the first head's blocks, as the definition has them."""
+    q, k, v = (x[0] for x in prompt)
+    m, n = len(q), len(k)
+    queries, values = listed_reference.asked(q, rows, causal), listed_reference.value_codes(v)
+    seen = n - m + representatives(m, rows, causal) + 1
+    for block, edge in enumerate(edges(m, n)):
+        yield listed_reference.codes(queries[block], k, values, edge, seen[block], prompt.scale)
 
 
 @few
@@ -36,11 +46,10 @@ def encoded(prompt: Prompt, rows: int, causal: bool) -> tuple[np.ndarray, np.nda
 def test_codes_are_the_definition_within_one(prompt: Prompt, rows: int, causal: bool) -> None:
     """A logarithm near a whole number may round either way; in float64 hardly any does, but of exact powers of two."""
     q, k, v = (x[0] for x in prompt)
-    codes, histograms, sample = encoded(prompt, rows, causal)
-    values = listed_reference.value_codes(v)
-    assert np.array_equal(values, block_sampled_numba.value_codes(v))
-    for block, edge in enumerate(edges(len(q), len(k))):
-        wanted = listed_reference.codes(q, k, values, block, sample[block], prompt.scale)
+    codes, histograms = encoded(prompt, rows, causal)
+    assert np.array_equal(listed_reference.value_codes(v), block_sampled_numba.value_codes(v))
+    for block, wanted in enumerate(defined(prompt, rows, causal)):
+        edge = len(wanted)
         most = prompt.scale * np.linalg.norm(q, axis=1).max() * np.linalg.norm(k, axis=1).max()
         slack = 1 if q.dtype == np.float64 else 1 + int(24 * 2.0**-24 * (k.shape[1] + 8) * most)
         assert (np.abs(codes[block, :edge].astype(int) - wanted) <= slack).all()
@@ -51,11 +60,9 @@ def test_codes_are_the_definition_within_one(prompt: Prompt, rows: int, causal: 
 @pytest.mark.parametrize(("m", "n"), [(421, 421), (300, 431), (129, 600)])
 def test_codes_of_numbers_without_ties_are_the_definition(m: int, n: int, causal: bool) -> None:
     prompt = made(np.random.default_rng(m), m, n, 1, 1, 16, 5, "gaussian")
-    codes, _, sample = encoded(prompt, 8, causal)
-    q, k, v = (x[0] for x in prompt)
-    for block, edge in enumerate(edges(m, n)):
-        wanted = listed_reference.codes(q, k, listed_reference.value_codes(v), block, sample[block], prompt.scale)
-        assert np.array_equal(codes[block, :edge], wanted)
+    codes, _ = encoded(prompt, 8, causal)
+    for block, wanted in enumerate(defined(prompt, 8, causal)):
+        assert np.array_equal(codes[block, : len(wanted)], wanted)
 
 
 @given(seed=seeds, lines=st.integers(1, 4), share=st.floats(1e-4, 1.2), kind=st.sampled_from(("wide", "one", "ends")))
@@ -147,7 +154,7 @@ def test_lists_are_the_definition_given_the_codes(prompt: Prompt, seed: int, cau
     density = np.array([(1 + bands(m, n).sum() / ends(m, n).sum()) / 2])
     starts = chances.starts(seed, 1, row_blocks(m))
     lists = choose("key_lists", "numba")(*one, density, starts, 8, causal, prompt.scale)
-    codes, histograms, _ = encoded(one, 8, causal)
+    codes, histograms = encoded(one, 8, causal)
     u = chances.chances(chances.head_thresholds(histograms, float(density[0]), m, n, causal))
     for line, edge in enumerate(edges(m, n)):
         tokens, weights = listed_reference.draw(codes[line, :edge], u[line], int(starts[0, line]))

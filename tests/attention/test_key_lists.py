@@ -46,6 +46,21 @@ def test_representatives_lie_in_their_block_or_before_its_second_row(shape: tupl
     assert (before <= first).all() and (before >= 0).all() and (before[:, 0] == first[:, 0]).all()
 
 
+@given(shape=shapes, rows=st.sampled_from((1, 2, 8, 64, 128)))
+def test_representatives_speak_for_rows_of_their_part(shape: tuple[int, int], rows: int) -> None:
+    m, _ = shape
+    part, first = 128 // rows, 128 * np.arange(key_lists.row_blocks(m))[:, None, None]
+    begin = part * np.arange(rows)[:, None]
+    inside = key_lists.spoken_for(m, rows)
+    before = key_lists.spoken_for(m, rows, causal=True)
+    assert inside.shape == before.shape == (len(first), rows, min(key_lists.SPOKEN, part))
+    assert (inside >= np.minimum(first + begin, m - 1)).all()
+    assert (inside < np.minimum(first + begin + part, m)).all()
+    assert (np.diff(key_lists.spoken_for(128 * len(first), rows)) > 0).all()
+    assert (before <= np.maximum(first - begin, 0)).all() and (before > np.maximum(first - begin - part, -1)).all()
+    assert (before[..., 0] == key_lists.representatives(m, rows, causal=True)).all()
+
+
 def test_budgets_are_what_the_density_leaves_beside_the_bands() -> None:
     assert key_lists.budget(0.1, 8192, 8192) == pytest.approx(0.1 * 128 * 64 * 65 / 2 - 8192)
     with pytest.raises(ArgumentError, match=r"density must be above 0.4, .* 512 rows of 512 keys make; got 0.3"):

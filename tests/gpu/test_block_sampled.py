@@ -52,9 +52,9 @@ def numpy(x):
 class Watched(_Plan):
     """A plan that keeps what its stages hand on."""
 
-    def _code(self, sums, shares, codes, first):
-        self.sums, self.shares = sums, shares
-        super()._code(sums, shares, codes, first)
+    def _code(self, queries, sums, shares, codes, first):
+        self.queries, self.sums, self.shares = queries, sums, shares
+        super()._code(queries, sums, shares, codes, first)
 
 
 def stages(q, k, v, rows, causal, density=0.8, seed=0):
@@ -100,26 +100,28 @@ def test_values_and_mean_keys_are_pooled(n, dv, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize(("B", "g", "G", "m", "n", "rows", "causal"), PROMPTS)
-def test_sums_shares_and_codes_are_their_definitions(B, g, G, m, n, rows, causal, dtype):
+def test_representatives_sums_shares_and_codes_are_their_definitions(B, g, G, m, n, rows, causal, dtype):
     q, k, v = inputs(B, g, G, m, n, dtype=dtype)
     plan, drawn = stages(q, k, v, rows, causal)
-    sample, first, scale = representatives(m, rows, causal), edges(m, n), q.shape[3] ** -0.5
+    seen, first, scale = n - m + representatives(m, rows, causal) + 1, edges(m, n), q.shape[3] ** -0.5
     far, means = plan._far.cpu().numpy(), numpy(plan._means)  # rounded to the keys' dtype
     off = []
     for head, queries, keys in heads(q, k):
         source = head // G
+        asked, exact = numpy(plan.queries[head]), listed_reference.asked(queries, rows, causal)
+        assert (np.abs(asked - exact) <= torch.finfo(dtype).eps * np.abs(exact) + 1e-7).all()
         rounded = (
-            np.abs(means[source] - listed_reference.pooled(keys)).max(initial=0) * np.abs(queries).sum(1).max() * scale
+            np.abs(means[source] - listed_reference.pooled(keys)).max(initial=0) * np.abs(asked).sum(-1).max() * scale
         )
         slack = 1e-3 if dtype == torch.float16 else 1e-3 + rounded
         for block, edge in enumerate(first):
-            logs = listed_reference.log_sums(queries, keys, block, sample[block], scale)
+            logs = listed_reference.log_sums(asked[block], keys, edge, seen[block], scale)
             assert np.abs(numpy(plan.sums[head, block]) * math.log(2) - logs).max() <= slack
-            of_means = math.log(KEYS) + scale * queries[sample[block]] @ listed_reference.pooled(keys[:edge]).T
+            of_means = math.log(KEYS) + scale * asked[block] @ listed_reference.pooled(keys[:edge]).T
             share = np.exp(np.minimum(of_means - logs[:, None], 0)).mean(0) / KEYS
             found = np.sqrt(numpy(plan.shares[head, : edge // KEYS, block]))
             assert (np.abs(found - share) <= (2 * slack + rounded) * share + 1e-18).all()
-            wanted = listed_reference.codes(queries, keys, far[source, :n], block, sample[block], scale)
+            wanted = listed_reference.codes(asked[block], keys, far[source, :n], edge, seen[block], scale)
             off.append(np.abs(drawn.codes[head, block, :edge].cpu().numpy().astype(int) - wanted))
     off = np.concatenate(off)
     assert off.size == B * g * G * first.sum()
