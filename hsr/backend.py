@@ -178,7 +178,7 @@ ROWS = (
         "cuda",
         "gpu.audited",
         "cuda",
-        "exact attention on some rows of a prompt",
+        "exact attention on some rows of a prompt, and the bounds that it gives",
         "n keys a row",
         ("torch", "triton"),
     ),
