@@ -1,8 +1,9 @@
 """Sparse prefill: blocks of 128 rows share keys that are drawn by importance, with one threshold for a head.
 
 What real heads say (SmolLM2, 8192 tokens, a tenth of the pairs): errors over those of the best 128 x 128 blocks of each
-head by true mass, over all 270 heads 0.25 as it stands, 0.27 with 2 representatives, 0.26 with 4 and 0.22 with 32
-(`python -m benchmarks.run prefill-accuracy`); the worst head's is 1.3, 1.5, 1.4 and 1.0.  With single rows as
+head by true mass, over all 270 heads 0.25 as it stands, 0.27 with 2 representatives, 0.26 with 4, 0.22 with 32 and
+0.21 with 64 (`python -m benchmarks.run prefill-accuracy`); the worst head's is 1.3, 1.5, 1.4, 1.0 and 1.0, and at a
+fifth of the pairs 1.5, 2.0, 1.7, 1.4 and 1.2.  With single rows as
 representatives they were 0.33 with 4, 0.29 with 8 and 0.24 with 32, the worst head's 3.3, 2.5 and 1.2.  Over 63 heads
 of seven layers two representatives have 0.31 as single rows, 0.28 as means of two neighbours, 0.24 of eight, 0.22 of
 eight rows evenly spaced in their half of the block, as of all 64; one mean of sixteen rows has 0.23.
@@ -85,7 +86,7 @@ class BlockSampled:
             ``causal_selection`` is refused here.
         seconds: or else the time that the call should take, by rates measured once in the process for the call's widths
             and dtype.  Approximate: other work on the machine counts, and never fewer keys than one a block are listed.
-        rows: representatives of a block, a divisor of 128: 2 where time counts, 32 where the hardest heads do.
+        rows: representatives of a block, a divisor of 128: 2 where time counts, 64 where the hardest heads do.
         causal_selection: decide by the first row of a block and ones before it, with a threshold for every block.
         seed: of the draws, 0 .. 2**63 - 1.  Give layers different seeds, so that their errors are independent.
 

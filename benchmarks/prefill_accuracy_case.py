@@ -45,6 +45,7 @@ SAMPLED = {  # representatives of a block, causal selection
     "sampled-4": (4, False),
     "sampled-8": (8, False),
     "sampled-32": (32, False),
+    "sampled-64": (64, False),
     "sampled-8-causal": (8, True),
 }
 METHODS = (*RULES, *SAMPLED)
