@@ -19,9 +19,9 @@ from attention.audit_bounds import QUANTITIES, Estimate, Made, estimate, estimat
 from attention.finite_population import CANDIDATES, LOG_PRIOR, PRICES, SHARES, SLACK
 from gpu.tensors import sent, where_it_lies
 
-WARPS = 4  # of a program that makes bounds
+WARPS = 8  # of a program that makes bounds
 TABLE = {"SHARES": len(SHARES), "MANY": len(PRICES)}
-BOUNDS = TABLE | {"CANDIDATES": CANDIDATES, "ROUNDS": CANDIDATES.bit_length(), "SPAN": 512, "PRICED": 4}
+BOUNDS = TABLE | {"CANDIDATES": CANDIDATES, "ROUNDS": CANDIDATES.bit_length(), "SPAN": 512, "PRICED": 8}
 BOUNDS |= {"DRAWS": 16, "CHUNK": 64}  # draws multiplied before a logarithm is taken; those looked at side by side
 OVERALL = TABLE | {"ADDED": 32, "STRATA": 32}  # prices of a program, heads added side by side
 
