@@ -94,6 +94,8 @@ def sums_error(lse: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 def relative_error(output: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """Of rows (..., dv), at most 1."""
-    size, off = np.linalg.norm(exact, axis=-1), np.linalg.norm(output - exact, axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        largest = np.maximum(np.abs(exact), np.abs(output)).max(axis=-1, keepdims=True)  # whose square may be none
+        unit = np.where(np.isfinite(largest) & (largest > 0), largest, 1.0)
+        size, off = np.linalg.norm(exact / unit, axis=-1), np.linalg.norm(output / unit - exact / unit, axis=-1)
         return np.where(off == 0, 0.0, np.fmin(off / size, 1.0))

@@ -52,12 +52,18 @@ SHARE = 0.03  # of the keys beside the bands that a search for a density begins 
 FALL = 1.2  # the error falls about as that share to the power -1 / FALL
 
 
+def measured_rows(seed: int, heads: int, m: int) -> np.ndarray:
+    """Rows on which errors are measured, (H, s) int64: others than `attention.audit` draws, whose seed is a number."""
+    rng = np.random.default_rng((seed, MEASURED))
+    return np.array([rng.choice(m, min(MEASURED, m), replace=False) for _ in range(heads)])
+
+
 @dataclass(frozen=True)
 class BlockSampled:
     """An unbiased sample of keys for every 128 rows of a prompt: lifted half-space reporting for blocks of rows.
 
     Rows attend exactly to the keys near them: those from the last multiple of 128 before their block on.  Of older
-    keys, a few representatives of the block, means of eight rows each, estimate the importance x_j, a root mean
+    keys, a few representatives of the block, means of up to eight rows each, estimate the importance x_j, a root mean
     square of weights, times ``||v_j - c||``; key j is drawn with chance ``min(1, x_j / 2^T)`` and then weighs
     ``exp(s_j) / chance`` with exact scores.  T is chosen for each head so that its blocks list as many keys together
     as the density allows: a block that needs more gets more.  Sums of weights and of weighted values are unbiased
@@ -158,13 +164,13 @@ class BlockSampled:
         return prompt_cost.density_for(self.seconds, prompt.shape, rates)
 
     def _within(self, error: float, prompt: SharedPrompt) -> Answer:
-        """Each head at the first of rising densities whose mean error on MEASURED rows is small enough."""
+        """Each head at the first of rising densities whose mean error on `measured_rows` is small enough."""
         heads, m, n = prompt.shape
         least, first = least_density(m, n), starts(self.seed, heads, row_blocks(m))
         answer = self._at(np.full(heads, least + SHARE * (1 - least)), prompt, first)
-        rng = np.random.default_rng(self.seed)
+        measured = measured_rows(self.seed, heads, m)
         for head in range(heads):
-            one, rows = prompt.of(head), rng.choice(m, min(MEASURED, m), replace=False)
+            one, rows = prompt.of(head), measured[head]
             seen = np.arange(n) <= n - m + rows[:, None]
             exact = reference.dense(one.q[:, rows], one.k, one.v, Softmax(), one.scale, keep=seen)[0][0]
             share = SHARE

@@ -26,7 +26,7 @@ SHARES = np.arange(1, 9) / 8  # theta, the share of the capital that is bet each
 LOG_PRIOR = np.log([1 / 14] * 7 + [1 / 2])  # half on the boldest, the best one where nearly all values are near zero
 CANDIDATES = 400  # means tried; bounds are rounded up to the next one
 PRICES = np.geomspace(1e-6, 10.0, 160)  # Lagrange multipliers tried; each gives a valid bound
-SLACK = 1e-9  # above any rounding of a logarithm of capital or of a chance
+SLACK = 1e-7  # above the rounding of a logarithm of capital or of a chance, of a million rows, too
 
 
 def upper_means(x: np.ndarray, population: int, delta: float) -> np.ndarray:

@@ -131,13 +131,12 @@ class StepStage(DenseStage):
         )  # fmt: skip
         cache = SampledCache(keys, values, h, draws, scale, queries=queries)
         rows = queries.transpose(1, 2).contiguous()[0, :, None]  # (n, 1, h, d)
-        output, drawn = torch.empty_like(rows), torch.zeros_like(cache.counts[:, 0], dtype=torch.int64)
+        output, attended = torch.empty_like(rows), torch.zeros_like(cache.counts[:, 0], dtype=torch.int64)
         for i in range(n):
             cache.lengths.fill_(i + 1)
             cache.attend(rows[i], output[i])
-            drawn += cache.counts[:, 0]
-        certain = sum(draws.certain(i + 1) for i in range(n))
-        self.reported.append((float(drawn.double().mean()) + certain) / n)
+            attended += cache.attended(i + 1)
+        self.reported.append(float(attended.double().mean()) / n)
         return output[:, 0].transpose(0, 1).to(q.dtype)
 
 

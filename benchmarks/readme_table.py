@@ -121,11 +121,11 @@ def prefill(gpu: Mapping[str, Any]) -> str:
     least = min(sampled, key=lambda row: row["speedup"])
     return (
         markdown(("n", "density", "dense", "sampled", "of it selection", "speed-up", "error"), lines)
-        + "\n\nA prompt's causal attention, 32 query heads over 8 key-value heads, d = 128, bfloat16, 4 representative "
-        f"rows a block.  {gpu['device']}, synthetic heads, the fastest of cuDNN and FlashAttention 2 and 3, commit "
-        f"{gpu['commit'][:10]}, `{gpu['command']}`.  Other shapes and settings gain less: down to "
-        f"{least['speedup']:.1f}x (d = {least['d']}, {least['n']:,} tokens, {least['method']}); where rates that are "
-        "measured say that nothing is gained, a dense kernel serves."
+        + "\n\nA prompt's causal attention, 32 query heads over 8 key-value heads, d = 128, bfloat16, 4 "
+        f"representatives a block.  {gpu['device']}, synthetic heads, the fastest of cuDNN and FlashAttention 2 and 3, "
+        f"commit {gpu['commit'][:10]}, `{gpu['command']}`.  The least gain there is "
+        f"{least['speedup']:.1f}x (d = {least['d']}, {least['n']:,} tokens, {least['method']}); shorter prompts gain "
+        "less, and where rates that are measured say that nothing is gained, a dense kernel serves."
     )
 
 

@@ -8,7 +8,6 @@ of `attention.finite_population`, and so is their slack, which is above the roun
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 
 from attention.audit_bounds import QUANTITIES, Estimate, Made, estimate, estimates
 from attention.finite_population import CANDIDATES, LOG_PRIOR, PRICES, SHARES, SLACK
-from gpu.tensors import sent, where_it_lies
+from gpu.tensors import where_it_lies
 
 WARPS = 8  # of a program that makes bounds
 TABLE = {"SHARES": len(SHARES), "MANY": len(PRICES)}
@@ -190,32 +189,45 @@ def overall(
     tl.store(OVERALL + (quantity * SHARES + part) * tl.num_programs(0) + tl.program_id(0), tl.min(total, 0))
 
 
-@dataclass(frozen=True)
 class Awaited:
-    """Estimates on their way from a GPU: the copy is waited for once, when one is read."""
+    """Estimates on their way from a GPU: the copy is waited for once, when one is read, printed or copied.
 
-    packed: torch.Tensor  # float64 on the host, of `sizes`
-    ready: torch.cuda.Event | None
-    shape: tuple[int, int]  # H, s
-    population: int
-    delta: float
-    tolerance: float
-    leading: tuple[int, ...]
+    Args:
+        packed: float64 on the host, of `sizes`.
+        ready: when it is there; None if it is.
+        shape: H, s.
+        population: rows of each head.
+        delta: risk of all bounds of a kind.
+        tolerance: of errors.
+        leading: to which heads are unfolded.
+    """
+
+    def __init__(
+        self, packed: torch.Tensor, ready: torch.cuda.Event | None, shape: tuple[int, int], population: int,
+        delta: float, tolerance: float, leading: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        self._packed, self._ready, self._told = packed, ready, (shape, population, delta, tolerance, leading)
 
     @functools.cached_property
     def _made(self) -> Made:
-        if self.ready is not None:
-            self.ready.synchronize()
-        heads, drawn = self.shape
-        values, upper, least = np.split(self.packed.numpy(), np.cumsum(sizes(heads, drawn))[:-1])
+        if self._ready is not None:
+            self._ready.synchronize()
+        (heads, drawn), population, delta, tolerance, leading = self._told
+        values, upper, least = np.split(self._packed.numpy(), np.cumsum(sizes(heads, drawn))[:-1])
         values = values.reshape(QUANTITIES, heads, drawn)
-        if drawn == self.population:
-            return estimates(values[0], values[1], self.tolerance, drawn, self.delta, self.leading)
+        if drawn == population:
+            return estimates(values[0], values[1], tolerance, drawn, delta, leading)
         upper, least = upper.reshape(QUANTITIES, heads), least.reshape(QUANTITIES, -1).min(axis=1) / heads
-        possible = (values.sum(axis=2).mean(axis=1) + self.population - drawn) / self.population
+        possible = (values.sum(axis=2).mean(axis=1) + population - drawn) / population
         overall = np.minimum(least, possible).tolist()
-        found = (estimate(*each, self.leading) for each in zip(values, upper, overall, strict=True))
+        found = (estimate(*each, leading) for each in zip(values, upper, overall, strict=True))
         return Made(*found)
+
+    def __repr__(self) -> str:
+        return repr(self._made)
+
+    def __reduce__(self) -> tuple[type[Made], tuple[Estimate, ...]]:
+        return Made, (self.dropped, self.error, self.exceeding)
 
     @property
     def dropped(self) -> Estimate:
@@ -238,16 +250,14 @@ def sizes(heads: int, drawn: int) -> list[int]:
     return [QUANTITIES * size for size in (heads * drawn, heads, len(SHARES) * len(PRICES) // OVERALL["ADDED"])]
 
 
-@functools.cache
-def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return sent(LOG_PRIOR, device), sent(PRICES, device)
-
-
 def settings(heads: int, m: int, tolerance: float, delta: float) -> np.ndarray:
-    """Float64: m, the levels that refute a head's mean and its share, the tolerance; then those of overall bounds."""
+    """Float64: m, the levels that refute a head's mean and its share, the tolerance; those of overall bounds.
+
+    LOG_PRIOR and PRICES follow: sent with every call, they are there on whatever stream it is.
+    """
     risk = delta / QUANTITIES
     own = [m, SLACK - np.log(risk / heads), np.log(risk / heads) - SLACK, tolerance]
-    return np.concatenate([own, SLACK * heads - LOG_PRIOR - np.log(risk)])
+    return np.concatenate([own, SLACK * heads - LOG_PRIOR - np.log(risk), LOG_PRIOR, PRICES])
 
 
 @where_it_lies
@@ -268,7 +278,7 @@ def awaited(
     """
     heads, drawn = shape
     if drawn < m:
-        prior, prices = _constants(packed.device)
+        prior, prices = told[4 + len(SHARES) :], told[4 + 2 * len(SHARES) :]
         best = torch.empty(QUANTITIES * heads * len(SHARES) * len(PRICES), dtype=torch.float64, device=packed.device)
         bounds[(QUANTITIES * heads, len(SHARES) + 1)](
             packed, told, prior, prices, best, drawn, (m - drawn + 1).bit_length(), num_warps=WARPS, **BOUNDS

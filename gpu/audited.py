@@ -63,12 +63,17 @@ class CudaPrompt:
             raise ArgumentError(
                 f"selection must have lse {tuple(self.q.shape[:-1])} to match q; got {tuple(lse.shape)}"
             )
+        for name, part in (("output", selection.output), ("lse", lse)):
+            if not isinstance(part, torch.Tensor) or part.device != self.q.device:
+                where = part.device if isinstance(part, torch.Tensor) else type(part).__name__
+                raise ArgumentError(f"selection must have {name} on {self.q.device}; got {where}")
+        output, sums = selection.output.contiguous(), lse.contiguous()
         (heads, drawn), (m, d) = rows.shape, self.q.shape[-2:]
         told = sent(audit_bounds.settings(heads, m, tolerance, delta), self.q.device)
         packed = torch.empty(sum(audit_bounds.sizes(heads, drawn)), dtype=torch.float64, device=self.q.device)
         with torch.cuda.device_of(self.q):
             found = parts(*batched(self.q, self.k, self.v), rows, self.scale)
-            measure(found, selection.output.reshape(heads, m, d), lse.reshape(heads, m), told[3:], packed)
+            measure(found, output.view(heads, m, d), sums.view(heads, m), told[3:], packed)
         leading = tuple(self.q.shape[:-2])
         return audit_bounds.awaited(packed, told, (heads, drawn), m, delta, tolerance, leading)
 

@@ -72,9 +72,10 @@ def pieces(
         total = total * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
         m = higher
-    whole = tl.where(total > 0, total, 1.0)
+    empty = total == 0  # what is not a number stays so
+    whole = tl.where(empty, 1.0, total)
     own = piece * M + tl.arange(0, M)
-    tl.store(SUMS + own, tl.where(total > 0, m + tl.log2(whole), -float("inf")))
+    tl.store(SUMS + own, tl.where(empty, -float("inf"), m + tl.log2(whole)))
     tl.store(PARTS + own[:, None] * D + d[None, :], acc / whole[:, None])
 
 

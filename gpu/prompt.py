@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from attention.block_sampled import FALL, MEASURED, SHARE, BlockSampled
+from attention.block_sampled import FALL, SHARE, BlockSampled, measured_rows
 from attention.key_lists import KEYS, ROWS, KeyLists, budget, check, edges, least_density, row_blocks
 from attention.listed import Listed
 from attention.policies import Dense
@@ -182,11 +182,10 @@ def dense(arrays: Tensors, scale: float) -> Answer:
 
 
 def _within(policy: BlockSampled, error: float, arrays: Tensors, scale: float) -> Answer:
-    """Each head at the first of rising densities whose mean error on MEASURED rows is small enough."""
+    """Each head at the first of rising densities whose mean error on `measured_rows` is small enough."""
     q, k, v = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
-    rng = np.random.default_rng(policy.seed)
-    rows = np.array([rng.choice(m, min(MEASURED, m), replace=False) for _ in range(heads)])
+    rows = measured_rows(policy.seed, heads, m)
     chosen = torch.from_numpy(rows).to(q.device)
     exact = exact_rows(q, k, v, rows, scale)[0].flatten(0, 1)  # (H, s, d) float32
     least = min(least_density(m, n) + (1 - least_density(m, n)) * SHARE, 1.0)

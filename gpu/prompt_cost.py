@@ -55,7 +55,7 @@ class Rates(NamedTuple):
 
 @functools.cache
 def rates(device: torch.device, dtype: torch.dtype, d: int, rows: int) -> Rates:
-    """Of a width, a dtype, and lists by so many representative rows."""
+    """Of a width, a dtype, and lists by so many representatives."""
     from attention.block_sampled import BlockSampled
     from gpu import prompt
 

@@ -315,6 +315,17 @@ class SampledCache:
         self.codes = codes
         self._list()
 
+    def attended(self, n: int) -> torch.Tensor:
+        """(heads,) int64: keys that the last step attended to, of n in each; without ``listing``.
+
+        All of them where it was dense, or where a list that overflowed or starved was replaced.
+        """
+        drawn, certain = self.counts[:, 0].long(), self.draws.certain(n)
+        if not self.single:  # whose counts are the lists'
+            trusted = (drawn <= self.cap) & (drawn >= min(self.floor, (n - certain) // 4))
+            drawn = torch.where(trusted, drawn, n - certain)
+        return drawn + certain
+
     @torch.inference_mode()  # where lengths were made within it, nothing else may change them
     def shorten(self, count: int) -> None:
         """Forget the newest tokens of every sequence, so many; nothing is checked, and captured graphs stay good.

@@ -86,7 +86,7 @@ class CudaSession:
                 f"k and v must be {'(B, g, t, d)' if self._batched else '(g, t, d)'} of {self._waiting[0].dtype} to "
                 f"match the cache; got {tuple(k.shape)} and {tuple(v.shape)} of {k.dtype}"
             )
-        keys, values = _readable(self._full(k)), _readable(self._full(v))
+        keys, values = tokens.readable(self._full(k)), tokens.readable(self._full(v))
         B, g, _, d = self._waiting[0].shape
         if (keys.shape[0], keys.shape[1], keys.shape[3]) != (B, g, d):
             raise ArgumentError(f"k must have shape ({B}, {g}, t, {d}) to match the cache; got {tuple(keys.shape)}")
@@ -123,7 +123,7 @@ class CudaSession:
             raise ArgumentError(f"q must be one row a head on cuda, ({B}, h, 1, {d}); got {tuple(q.shape)}")
         if q.dtype != self._waiting[0].dtype:
             raise ArgumentError(f"q must have the keys' dtype {self._waiting[0].dtype}; got {q.dtype}")
-        rows = _readable(queries[:, :, 0])
+        rows = tokens.readable(queries[:, :, 0])
         if self._cache is None:
             self._cache = self._made(queries)
         output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
@@ -165,8 +165,3 @@ class CudaSession:
 def session(k: torch.Tensor, v: torch.Tensor, plan: Plan) -> CudaSession:
     """The table's entry."""
     return CudaSession(k, v, plan)
-
-
-def _readable(part: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy whose rows the kernels can read."""
-    return part if tokens.aligned(part) else part.clone(memory_format=torch.contiguous_format)

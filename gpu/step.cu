@@ -592,7 +592,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
   // Maps do not depend on the launch before this one: they are asked for while it ends.  Codes do not either, but asked
   // for so early they would stand in the queries' way.
   Thresholds maps;
-  if (a.dense_below == 0) maps.load(a, index);
+  if (a.dense_below <= 0) maps.load(a, index);
   const u8 *codes = a.codes + (i64)index * a.room * ROW;
   const int stride = splits * WARPS, mine = split * WARPS + warp;
   u8 (*ring)[BLOCK * ROW] = s.ring[warp];
@@ -721,7 +721,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const __grid_const
     a.found[index * LINE + thread] = found, a.found[index * LINE + 8 + thread] = 0;
   }
   if (thread == 0) {
-    a.counts[index * LINE] = dense ? stop - start : count, a.counts[index * LINE + 1] = a.counts[index * LINE + 2] = 0, a.tickets[index] = 0;
+    a.counts[index * LINE] = dense || (starved && !LISTING) ? stop - start : count, a.counts[index * LINE + 1] = a.counts[index * LINE + 2] = 0, a.tickets[index] = 0;
     int *status = a.status + index * COLUMNS;
     if (count > a.crowd) status[0]++;
     if (starved) status[2]++;

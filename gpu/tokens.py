@@ -114,6 +114,11 @@ def aligned(part: torch.Tensor) -> bool:
     return part.stride(-1) == 1 and not any(step % 8 for step in part.stride()[:-1]) and part.data_ptr() % 16 == 0
 
 
+def readable(part: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy whose rows can be read so."""
+    return part if aligned(part) else part.clone(memory_format=torch.contiguous_format)
+
+
 def sizes(lengths: Any, tokens: Tokens, given: int | None) -> np.ndarray:
     """(B,) int64: tokens of each sequence, ``given`` where nothing else is said."""
     if lengths is None and given is None:

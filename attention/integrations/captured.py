@@ -37,6 +37,7 @@ class CapturedSteps:
     def __init__(self, model: Any, cache: HSRCache, room: int | None = None) -> None:
         self._model, self._cache = model, cache
         n = cache.get_seq_length()
+        cache.refit()
         self._room = cache.reserve(n + n // 4 if room is None else checks.whole("room", room, n + 1))
         batch = cache.batch
         self._token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
@@ -54,9 +55,9 @@ class CapturedSteps:
         self._expected = self._cache.get_seq_length()
         self._held = self._memory()
 
-    def _memory(self) -> list[tuple[Fused, int, bool]]:
-        """What the launches write to, its room, and whether they attend to every key: a graph is of no other."""
-        return [(steps, steps.cache.room, steps.dense) for steps in self._cache.fused()]
+    def _memory(self) -> list[tuple[Fused, int, int, bool]]:
+        """What the launches write to, its room and codes, whether they attend to every key: a graph is of no other."""
+        return [(steps, steps.cache.room, steps.fitted, steps.dense) for steps in self._cache.fused()]
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """The logits (B, vocabulary) that follow token (B, 1) int64; the next call overwrites them.
@@ -71,8 +72,9 @@ class CapturedSteps:
                 f"token must be {tuple(self._token.shape)} of int64; got {tuple(token.shape)} of {token.dtype}"
             )
         n = self._cache.get_seq_length()
+        self._cache.refit()
         if n >= self._room or self._memory() != self._held:
-            self._room = self._cache.reserve(max(self._room, n + n // 4 + 1))
+            self._room = self._cache.reserve(n + n // 4 + 1 if n >= self._room else self._room)
             self._place.fill_(n)
             self._capture()
         elif n != self._expected:

@@ -189,9 +189,10 @@ class HSRLayer(CacheLayerMixin):
         if self.steps is None and k is not None and v is not None and self._asked and not self._unattended:
             policy, _, dense_below, _ = self._policies
             heads, scale, seen = self._asked
-            if fuses(policy, k, seen):
-                self.steps = Fused(policy, k, v, heads, scale, self._queries, dense_below)
-                self._seen, self._held = seen, None
+            if seen.plain and fuses(policy, k, seen):
+                steps = Fused(policy, k, v, heads, scale, self._queries, dense_below)
+                if steps.cache.single or (dense_below is not None and self._n + 1 >= dense_below):
+                    self.steps, self._seen, self._held = steps, seen, None
         return self.steps if isinstance(self.steps, Fused) else None
 
     def _stepped(self, q: torch.Tensor) -> torch.Tensor:
@@ -259,7 +260,7 @@ class HSRLayer(CacheLayerMixin):
         if not isinstance(self.steps, Fused):
             raise ArgumentError(f"count must not be asked for where no step is one launch; got {count}")
         self._n += count
-        self.steps.told += count
+        self.steps.advance(count)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a pass of so many rows sees, and where they begin."""
@@ -284,7 +285,7 @@ class HSRLayer(CacheLayerMixin):
             raise ArgumentError(f"tokens_to_remove must be within {-self._n}..0; got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        if isinstance(self.steps, Fused) and self._pending is None and kept >= self._least:
+        if isinstance(self.steps, Fused) and self._pending is None and (kept >= self._least or self._n < self._least):
             if self.steps.forget(-tokens_to_remove):
                 self._n = kept
                 return

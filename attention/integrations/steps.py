@@ -14,7 +14,8 @@ from attention.policies import Policy
 from attention.result import Certificate
 from attention.sampled import Sampled
 from attention.session import DecodeSession
-from hsr.errors import ArgumentError
+
+MOST = 2**31 - 1  # tokens that a launch may be told of
 
 
 class Steps(Protocol):
@@ -151,10 +152,11 @@ class Fused:
         heads: h.
         scale: of the scores.
         queries: (B, h, m, d), the prompt's last rows, or None.
-        dense_below: tokens below which the launch attends to every key; None is below which that is faster.
+        dense_below: tokens below which the launch attends to every key; None is below which that is faster.  Where a
+            step takes several launches, all of them draw.
 
-    Raises:
-        ArgumentError: a dense_below that this GPU's launches cannot have.
+    Attributes:
+        fitted: tokens when the codes were made.
     """
 
     def __init__(
@@ -175,11 +177,10 @@ class Fused:
             policy.draw == "systematic",
         )  # fmt: skip
         self.cache = SampledCache(k, v, heads, draws, scale, queries=queries)
-        self.told = self._fitted = k.shape[2]
+        self.told = self.fitted = k.shape[2]
         self.steps = 0
-        self._dense_below = self.cache.faster_below if dense_below is None else dense_below
-        if self.dense and not self.cache.single:
-            raise ArgumentError(f"dense_below must be 0 where a step takes several launches; got {dense_below}")
+        least = self.cache.faster_below if dense_below is None else min(dense_below, MOST)
+        self._dense_below = least if self.cache.single else 0
 
     @property
     def keys(self) -> int:
@@ -192,11 +193,28 @@ class Fused:
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `Steps`."""
+        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not capturing:
+            self.refit()
         if self.told == self.cache.room:
             self.cache.reserve(2 * self.told)
         self.told += 1
-        self.steps = 1
+        self.steps = self.steps if capturing else 1
         return self._launch(self.cache.step, q, k, v)
+
+    def refit(self) -> None:
+        """Make the codes anew where the next step is to draw by those of half of the tokens, or fewer.
+
+        It waits for the GPU, and graphs must be captured again.
+        """
+        if not self.dense and self.told >= 2 * self.fitted:
+            self.cache.recode()
+            self.fitted = self.told
+
+    def advance(self, count: int) -> None:
+        """Note tokens that replays of a graph took in, or, below zero, that a capture did not."""
+        self.told += count
+        self.steps = 1 if count > 0 else self.steps
 
     def attend(self, q: torch.Tensor) -> torch.Tensor:
         """See `Steps`."""
@@ -204,7 +222,7 @@ class Fused:
 
     def forget(self, count: int) -> bool:
         """Drop the newest tokens; whether it could: not where most of those that codes were fitted to would be gone."""
-        if 2 * (self.told - count) < self._fitted:
+        if 2 * (self.told - count) < self.fitted:
             return False
         self.cache.shorten(count)
         self.told -= count
@@ -219,16 +237,15 @@ class Fused:
     def _launch(self, call: Callable[..., None], q: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
         """A step of q and rows (B, heads, 1, d).  One that is to draw knows no limit, and so begins sooner."""
         self.cache.dense_below = self._dense_below if self.told < self._dense_below else 0
+        from gpu.tokens import readable
+
         output = torch.empty_like(q, memory_format=torch.contiguous_format)
-        call(*(part[:, :, 0] for part in (q, *rows, output)))
+        call(*(readable(part[:, :, 0]) for part in (q, *rows)), output[:, :, 0])
         return output
 
     def reported(self) -> int:
         """See `Steps`."""
-        if not self.steps:
-            return 0
-        drawn, heads = int(self.cache.counts[:, 0].sum()), len(self.cache.counts)
-        return (drawn + heads * self.cache.draws.certain(self.told)) * self.cache.per
+        return int(self.cache.attended(self.told).sum()) * self.cache.per if self.steps else 0
 
     def certificate(self) -> Certificate | None:
         """See `Steps`."""

@@ -246,7 +246,7 @@ class HSRCache(Cache):
     def fused(self) -> list[Fused]:
         """What serves the layers by a launch a step each, dense ones too; ArgumentError where none can.
 
-        From then on steps below ``dense_below`` attend to every key in that launch, not to the bit like sdpa.
+        While these are kept, steps below ``dense_below`` attend to every key in that launch, not to the bit like sdpa.
         """
         found = []
         for number, layer in enumerate(self.layers):
@@ -257,6 +257,11 @@ class HSRCache(Cache):
                 )
             found.append(fused)
         return found
+
+    def refit(self) -> None:
+        """Make the codes of layers anew that the next step is to draw by, where most tokens came after them."""
+        for steps in self.fused():
+            steps.refit()
 
     def advance(self, count: int) -> None:
         """Note tokens that replays of a CUDA graph took in, or, below zero, that its capture did not."""

@@ -12,7 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from attention import Audit, Certified, Dense, Kept, ReLUPower, Result, Sampled, Softmax, TopR, audit, decode, prefill
+from attention import (
+    Audit,
+    BlockSampled,
+    Certified,
+    Dense,
+    Kept,
+    ReLUPower,
+    Result,
+    Sampled,
+    Softmax,
+    TopR,
+    audit,
+    decode,
+    prefill,
+)
+from attention.audit_bounds import relative_error
+from attention.block_sampled import measured_rows
 from attention.finite_population import upper_mean_of_strata, upper_means, upper_shares
 from attention.reference import dense
 from hsr import ArgumentError, HSRIndex
@@ -242,6 +258,23 @@ def test_the_draw_follows_the_generator() -> None:
     assert not np.array_equal(one.rows[0], one.rows[1]), "heads are drawn independently"
     assert all(len(set(rows)) == 10 for rows in one.rows)
     assert isinstance(one.audited, Certified)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_what_an_error_was_tuned_on_is_not_what_is_audited(seed: int) -> None:
+    """Else bounds would be of rows that the result was made to look good on."""
+    m = 2000
+    problem = gaussian(m, m, heads=3)
+    looked = audit(*problem, BlockSampled(density=1.0), rows=64, rng=seed).rows
+    tuned = measured_rows(seed, 3, m)
+    shared = [len(np.intersect1d(*pair)) for pair in zip(looked, tuned, strict=True)]
+    assert max(shared) < 15  # 2 expected of 64
+
+
+def test_errors_of_tiny_values_are_not_lost_to_underflow() -> None:
+    exact = np.array([[3e-170, 4e-170], [0.0, 0.0], [0.0, 0.0], [5e-324, 0.0], [1e300, 1e300]])
+    output = np.array([[3e-170, 8e-170], [1e-200, 0.0], [0.0, 0.0], [5e-324, 0.0], [1e300, 0.9e300]])
+    assert relative_error(output, exact) == pytest.approx([0.8, 1.0, 0.0, 0.0, 0.1 / 2**0.5])
 
 
 class Escalation(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -189,6 +191,33 @@ def test_what_cannot_be_audited_is_refused():
     ):
         with pytest.raises(ArgumentError, match=message):
             seen.estimates(selection, rows, 0.1, 0.05)
+
+
+def test_results_are_read_whatever_their_strides():
+    q, k, v = prompts(B=2, m=40, n=60)
+    result = prompt.prompt(q, k, v, Dense(), None)
+    turned = dataclasses.replace(
+        result,
+        output=result.output.transpose(1, 3).contiguous().transpose(1, 3),
+        lse=result.lse.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    rows = np.stack([np.random.default_rng(i).permutation(40)[:30] for i in range(8)])
+    wanted, found = (
+        audited(q, k, v, True, Softmax(), None).estimates(one, rows, 0.1, 0.05) for one in (result, turned)
+    )
+    assert_alike(found, wanted)
+    assert found.error.overall_upper < 0.2
+    with pytest.raises(ArgumentError, match=r"lse on .*; got ndarray"):
+        audited(q, k, v, True, Softmax(), None).estimates(
+            dataclasses.replace(result, lse=result.lse.cpu().numpy()), rows, 0.1, 0.05
+        )
+
+
+def test_estimates_may_be_copied_and_printed():
+    found, wanted = both(np.random.default_rng(0).uniform(size=(2, 1, 4)), 9)
+    assert "tensor" not in repr(found) and "overall_upper" in repr(found)
+    for copied in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert_alike(copied, wanted)
 
 
 @pytest.mark.gpu

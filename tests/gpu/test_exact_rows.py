@@ -87,6 +87,18 @@ def test_equal_scores_and_large_ones():
     assert_exact(q, k, torch.zeros_like(v), rows)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_rows_that_see_what_is_no_number_have_none(wrong):
+    """Were a piece of keys left out for it, what is measured against these rows would look right."""
+    q, k, v = normal(1, 1, 600, 64), normal(1, 1, 600, 64, seed=1), normal(1, 1, 600, 64, seed=2)
+    q, k, v = (part.half() for part in (q, k, v))
+    q[..., 0], k[0, 0, 300, 0] = 1, wrong
+    rows = np.array([[5, 299, 300, 599]])
+    output, lse = module.exact_rows(q, k, v, rows, 0.125)
+    assert torch.isfinite(output[0, 0, :2]).all() and torch.isfinite(lse[0, 0, :2]).all()
+    assert torch.isnan(output[0, 0, 2:]).all() and torch.isnan(lse[0, 0, 2:]).all()
+
+
 def test_other_strides():
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(2, 2, 2, 60, 300, 64))
     assert_exact(q, k, v, np.random.default_rng(0).integers(0, 60, (8, 9)))
