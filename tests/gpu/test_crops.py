@@ -13,6 +13,8 @@ from attention.integrations import layer  # noqa: E402
 from attention.integrations.masks import Seen  # noqa: E402
 from attention.integrations.steps import Fused  # noqa: E402
 from attention.integrations.trial import PromptTrials  # noqa: E402
+from gpu import encode  # noqa: E402
+from gpu.sampled import SampledCache  # noqa: E402
 from tests.gpu.interpreted import HERE, normal, pytestmark  # noqa: E402, F401
 
 G, H, D = 2, 4, 64
@@ -113,3 +115,66 @@ def test_a_crop_of_tokens_that_nobody_attended_to_is_served() -> None:
     rows.held = tuple(torch.cat([part, one], 2) for part in rows.held)
     rows.crop(2)
     rows.take(1)
+
+
+@pytest.mark.usefixtures("fused")
+def test_blocks_that_fill_again_are_coded_again() -> None:
+    rows = Rows()
+    rows.take(132)
+    rows.take(1)
+    steps = rows.layer.steps
+    assert isinstance(steps, Fused)
+    rows.crop(13)
+    rows.take(9)
+    cache = steps.cache
+    again = SampledCache(*rows.held, H, cache.draws, 0.125, coded=cache.planes)
+    again._maps = cache._maps
+    again.codes.zero_()
+    encode.encode[(2, G)](
+        *again._cache, *cache._maps, again.codes, *again.tokens.strides, again.tokens.most, again.tokens.room, G, 0.125,
+        D, cache.planes.columns, cache.planes.row, cache.planes.count, again.tokens.page, num_warps=4,
+    )  # fmt: skip
+    assert (cache.codes[:, :128] == again.codes[:, :128]).double().mean() > 0.999
+
+
+@pytest.mark.usefixtures("fused")
+def test_codes_of_few_tokens_are_made_anew_as_tokens_come() -> None:
+    rows = Rows()
+    rows.take(20)
+    rows.take(1)
+    steps = rows.layer.steps
+    assert isinstance(steps, Fused) and steps.fitted == 20
+    rows.take(16)
+    assert steps.fitted == 20
+    rows.take(10)
+    assert steps.fitted == 40 and rows.layer.steps is steps
+    assert steps.cache.lengths.tolist() == [47] * G
+
+
+@pytest.mark.usefixtures("fused")
+def test_replays_count_and_captures_do_not() -> None:
+    rows = Rows()
+    rows.take(30)
+    rows.take(2)
+    steps = rows.layer.steps
+    assert isinstance(steps, Fused)
+    rows.crop(1)
+    assert steps.reported() == 0
+    steps.cache.lengths += 1  # as a replay does
+    rows.layer.advance(1)
+    assert steps.keys == 32 * H and steps.reported() == 32 * H
+
+
+@pytest.mark.usefixtures("fused")
+def test_only_a_step_of_one_launch_can_be_dense() -> None:
+    """Elsewhere a layer below the bound has no fused steps, and a pass across it is served."""
+    for least, seen in ((1000, Seen()), (0, Seen(None, plain=False))):
+        rows = Rows(least)
+        rows.take(40)
+        rows.layer._asked = H, 0.125, seen
+        found = rows.layer.fused()
+        assert found is None or (found.cache.single and seen.plain)
+    rows = Rows(50)
+    rows.take(45)
+    rows.take(8)
+    assert isinstance(rows.layer.steps, Fused) and rows.layer.steps.told == 53

@@ -177,7 +177,7 @@ def test_thresholds_settle_and_a_starved_head_reads_every_key():
     cache.rho.fill_(12.0)
     output = attend(cache, q)
     assert_exact(output, cache.lse, exact(q, k, v), torch.bfloat16)
-    assert (cache.status[:, 2] == 1).all()
+    assert (cache.status[:, 2] == 1).all() and (cache.attended(6000) == 6000).all()
     cache.trim.fill_(12.0)
     cache.rho.fill_(-8.0)
     output = attend(cache, q)  # far too much drawn is merely slow
