@@ -236,9 +236,9 @@ class Fused:
 
     def _launch(self, call: Callable[..., None], q: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
         """A step of q and rows (B, heads, 1, d).  One that is to draw knows no limit, and so begins sooner."""
-        self.cache.dense_below = self._dense_below if self.told < self._dense_below else 0
         from gpu.tokens import readable
 
+        self.cache.dense_below = self._dense_below if self.told < self._dense_below else 0
         output = torch.empty_like(q, memory_format=torch.contiguous_format)
         call(*(readable(part[:, :, 0]) for part in (q, *rows)), output[:, :, 0])
         return output

@@ -140,7 +140,7 @@ class HSRCache(Cache):
     After a pass that is refused, `reset` the cache, or go on with a copy from before: some layers hold its tokens.
     `SharePrefill` layers that share `PivotalPatterns` serve one prompt, in one pass and without padding.
     Where a step is one launch, reordered beams, prompts of more than 16 tokens and crops of most tokens make all codes
-    anew.
+    anew, and so does every doubling of the tokens.
 
     Raises:
         ArgumentError: a model without "hsr" attention, with layers of another kind than full or sliding-window
