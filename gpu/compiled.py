@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,21 +44,40 @@ class Kernel:
 def machine_code(name: str, settings: Mapping[str, int], architecture: str) -> bytes:
     """The file ``name`` beside this one, compiled with ``-D`` of the settings.
 
+    Code is kept in the folder that HSR_CACHE_DIR names, by default ~/.cache/hsr-attention, and found there again by
+    source, options and compiler; an empty name keeps none, nor does a folder that cannot be written.
+
     Raises:
         BackendUnavailable: the compiler refuses; the message has its log.
     """
-    source = Path(__file__).with_name(name).read_text()
-    headers = re.findall(r'^#include "(.+)"', source, re.MULTILINE)
+    source = Path(__file__).with_name(name).read_bytes()
+    headers = [header.decode() for header in re.findall(rb'^#include "(.+)"', source, re.MULTILINE)]
     texts = [Path(__file__).with_name(header).read_bytes() for header in headers]
-    named = [header.encode() for header in headers]
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), len(headers), texts, named))
     options = [f"--gpu-architecture={architecture}", *OPTIONS]
     options += [f"-D{key}={value}" for key, value in settings.items()]
+    wanted = hashlib.sha256(repr((source, texts, options, _checked(nvrtc.nvrtcVersion()))).encode()).hexdigest()
+    folder = os.environ.get("HSR_CACHE_DIR", str(Path.home() / ".cache" / "hsr-attention"))
+    place = Path(folder) / f"{Path(name).stem}-{wanted[:32]}.cubin"
+    if folder and place.is_file():
+        return place.read_bytes()
+    code = _compiled(name, source, dict(zip(headers, texts, strict=True)), options)
+    if folder:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            own = place.with_suffix(f".{os.getpid()}")
+            own.write_bytes(code)
+            own.replace(place)  # at once: others may be looking for it
+    return code
+
+
+def _compiled(name: str, source: bytes, headers: Mapping[str, bytes], options: Sequence[str]) -> bytes:
+    named = [header.encode() for header in headers]
+    program = _checked(nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), [*headers.values()], named))
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status):
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise BackendUnavailable(f"{name} does not compile for {architecture}: {log.decode()}")
+        raise BackendUnavailable(f"{name} does not compile with {options[0]}: {log.decode()}")
     code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     nvrtc.nvrtcGetCUBIN(program, code)
     return code
