@@ -125,11 +125,7 @@ class StepStage(DenseStage):
         queries, keys, values = (
             part[None].to(torch.float16 if q.dtype == torch.float32 else q.dtype) for part in (q, k, v)
         )
-        draws = Draws(
-            policy.budget, policy.bytes_per_key, policy.sinks, policy.recent, layer, policy.redraw,
-            policy.draw == "systematic",
-        )  # fmt: skip
-        cache = SampledCache(keys, values, h, draws, scale, queries=queries)
+        cache = SampledCache(keys, values, h, Draws.of(policy, seed=layer), scale, queries=queries)
         rows = queries.transpose(1, 2).contiguous()[0, :, None]  # (n, 1, h, d)
         output, attended = torch.empty_like(rows), torch.zeros_like(cache.counts[:, 0], dtype=torch.int64)
         for i in range(n):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attention.sampled import Sampled
 from gpu import encode, moments, planes, prepare, tokens
 from gpu.codes import LINE as COUNTERS
 from gpu.launches import MEASURED, Tuning, launches, overlap
@@ -59,6 +60,13 @@ class Draws:
     widths: tuple[int, ...] = planes.WIDTHS
     least: float | None = None
     listing: bool = False
+
+    @classmethod
+    def of(cls, policy: Sampled, **others: Any) -> Draws:
+        """What a policy draws, but for what is given otherwise."""
+        names = "budget", "bytes_per_key", "sinks", "recent", "seed", "redraw"
+        own = {name: getattr(policy, name) for name in names} | {"systematic": policy.draw == "systematic"}
+        return cls(**own | others)
 
     def certain(self, n: int) -> int:
         """How many of n keys are attended to without a draw, see `gpu.codes.span`."""

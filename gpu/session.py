@@ -152,10 +152,7 @@ class CudaSession:
         assert budget is not None
         scale = self._plan.scale or 1 / float(np.sqrt(k.shape[3]))
         least = None if policy.eps is None else spread.LEAST
-        draws = Draws(
-            budget, policy.bytes_per_key, policy.sinks, policy.recent, policy.seed,
-            policy.redraw, policy.draw == "systematic", least=least, listing=True,
-        )  # fmt: skip
+        draws = Draws.of(policy, budget=budget, least=least, listing=True)
         cache = SampledCache(k, v, queries.shape[1], draws, scale, queries=queries)
         self._coded = self._looked = self._n
         self._waiting = [cache.keys[:, :, :0], cache.values[:, :, :0]]  # shapes and dtype, without the memory

@@ -172,11 +172,7 @@ class Fused:
         from gpu.sampled import Draws, SampledCache
 
         assert policy.budget is not None
-        draws = Draws(
-            policy.budget, policy.bytes_per_key, policy.sinks, policy.recent, policy.seed, policy.redraw,
-            policy.draw == "systematic",
-        )  # fmt: skip
-        self.cache = SampledCache(k, v, heads, draws, scale, queries=queries)
+        self.cache = SampledCache(k, v, heads, Draws.of(policy), scale, queries=queries)
         self.told = self.fitted = k.shape[2]
         self.steps = 0
         least = self.cache.faster_below if dense_below is None else min(dense_below, MOST)

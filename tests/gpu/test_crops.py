@@ -60,14 +60,20 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(layer, "fuses", lambda *call: True)
 
 
+def begun(prompt: int) -> tuple[Rows, Fused]:
+    """A prompt of so many rows and a step, and what served it."""
+    rows = Rows()
+    rows.take(prompt)
+    rows.take(1)
+    assert isinstance(rows.layer.steps, Fused)
+    return rows, rows.layer.steps
+
+
 @pytest.mark.usefixtures("fused")
 def test_a_crop_keeps_the_codes() -> None:
-    rows = Rows()
-    rows.take(130)
-    for _ in range(3):
+    rows, steps = begun(130)
+    for _ in range(2):
         rows.take(1)
-    steps = rows.layer.steps
-    assert isinstance(steps, Fused)
     codes, lengths = steps.cache.codes, steps.cache.lengths
     for count, more in ((2, 5), (7, 1), (0, 1), (64, 3)):
         rows.crop(count)
@@ -107,9 +113,7 @@ def test_a_cache_made_in_inference_mode_may_be_cropped_outside_of_it() -> None:
 
 @pytest.mark.usefixtures("fused")
 def test_a_crop_of_tokens_that_nobody_attended_to_is_served() -> None:
-    rows = Rows()
-    rows.take(130)
-    rows.take(1)
+    rows, _ = begun(130)
     one = normal(1, G, 1, D, seed=99, dtype=torch.float16)
     rows.layer.update(one, one)
     rows.held = tuple(torch.cat([part, one], 2) for part in rows.held)
@@ -119,11 +123,7 @@ def test_a_crop_of_tokens_that_nobody_attended_to_is_served() -> None:
 
 @pytest.mark.usefixtures("fused")
 def test_blocks_that_fill_again_are_coded_again() -> None:
-    rows = Rows()
-    rows.take(132)
-    rows.take(1)
-    steps = rows.layer.steps
-    assert isinstance(steps, Fused)
+    rows, steps = begun(132)
     rows.crop(13)
     rows.take(9)
     cache = steps.cache
@@ -139,11 +139,8 @@ def test_blocks_that_fill_again_are_coded_again() -> None:
 
 @pytest.mark.usefixtures("fused")
 def test_codes_of_few_tokens_are_made_anew_as_tokens_come() -> None:
-    rows = Rows()
-    rows.take(20)
-    rows.take(1)
-    steps = rows.layer.steps
-    assert isinstance(steps, Fused) and steps.fitted == 20
+    rows, steps = begun(20)
+    assert steps.fitted == 20
     rows.take(16)
     assert steps.fitted == 20
     rows.take(10)
