@@ -62,12 +62,12 @@ def measured_rows(seed: int, heads: int, m: int) -> np.ndarray:
 class BlockSampled:
     """An unbiased sample of keys for every 128 rows of a prompt: lifted half-space reporting for blocks of rows.
 
-    Rows attend exactly to the keys near them: those from the last multiple of 128 before their block on.  Of older
-    keys, a few representatives of the block, means of up to eight rows each, estimate the importance x_j, a root mean
-    square of weights, times ``||v_j - c||``; key j is drawn with chance ``min(1, x_j / 2^T)`` and then weighs
-    ``exp(s_j) / chance`` with exact scores.  T is chosen for each head so that its blocks list as many keys together
-    as the density allows: a block that needs more gets more.  Sums of weights and of weighted values are unbiased
-    over seeds.
+    Rows attend exactly to the keys near them: those from the last multiple of 128 before their block on. Of older keys,
+    a few representatives of the block, means of some rows each (`attention.key_lists.spoken`), estimate the importance
+    x_j, a root mean square of weights, times ``||v_j - c||``; key j is drawn with chance ``min(1, x_j / 2^T)`` and then
+    weighs ``exp(s_j) / chance`` with exact scores. T is chosen for each head so that its blocks list as many keys
+    together as the density allows: a block that needs more gets more. Sums of weights and of weighted values are
+    unbiased over seeds.
 
     `prefill` returns a `BlockResult`: the output in q's dtype, lse, the densities reached, and counters: ``reported``
     and ``scanned`` are the keys that a row attends to, its near ones included, ``visited`` the codes of its block.
@@ -92,7 +92,7 @@ class BlockSampled:
             ``causal_selection`` is refused here.
         seconds: or else the time that the call should take, by rates measured once in the process for the call's widths
             and dtype.  Approximate: other work on the machine counts, and never fewer keys than one a block are listed.
-        rows: representatives of a block, a divisor of 128: 2 where time counts, 64 where the hardest heads do.
+        rows: representatives of a block, a divisor of 128: 1 where time counts, 64 where the hardest heads do.
         causal_selection: decide by the first row of a block and ones before it, with a threshold for every block.
         seed: of the draws, 0 .. 2**63 - 1.  Give layers different seeds, so that their errors are independent.
 

@@ -18,7 +18,7 @@ from hsr.errors import ArgumentError
 
 ROWS = 128  # rows of a block
 KEYS = 128  # keys of a block
-SPOKEN = 8  # rows whose mean speaks for a part of a block
+SPOKEN, HEARD = 8, 16  # rows whose mean speaks for a part of a block; of a block at least
 
 
 ARRAYS = ("token_offsets", "tokens", "log_weights", "block_offsets", "blocks", "mean_offsets", "means")
@@ -76,13 +76,17 @@ def representatives(m: int, rows: int, causal: bool = False) -> np.ndarray:
     return np.minimum(first + (2 * step + 1) * (ROWS // 2) // rows, m - 1)
 
 
+def spoken(rows: int) -> int:
+    """How many rows each of a block's so many representatives is the mean of."""
+    return min(max(SPOKEN, HEARD // rows), ROWS // rows)
+
+
 def spoken_for(m: int, rows: int, causal: bool = False) -> np.ndarray:
-    """The rows whose mean a representative is: (T, rows, s) int64, s = min(SPOKEN, 128 / rows).
+    """The rows whose mean a representative is: (T, rows, `spoken` (rows)) int64.
 
     Evenly spaced in the representative's part of the block; causal: from where it stands back.
     """
-    part = ROWS // rows
-    s = min(SPOKEN, part)
+    part, s = ROWS // rows, spoken(rows)
     first = ROWS * np.arange(row_blocks(m), dtype=np.int64)[:, None, None]
     begin, step = part * np.arange(rows, dtype=np.int64)[:, None], np.arange(s, dtype=np.int64)
     if causal:

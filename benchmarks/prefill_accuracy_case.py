@@ -2,8 +2,8 @@
 
 SmolLM2 reads the essays, longer prompts with its RoPE scaled; all layers, all positions, or those in the file that
 HSR_HEADS names (`benchmarks.real_keys`).  ``block-oracle``, ``token-oracle``, ``pooled-blocks`` and ``vertical-slash``
-are `benchmarks.prefill_oracles`' rules, their weights renormalised over what they keep; ``sampled-2``, ``-4``, ``-8``,
-``-32`` and ``sampled-8-causal`` are ours, with so many representatives of a block.  Every method chooses over the whole
+are `benchmarks.prefill_oracles`' rules, their weights renormalised over what they keep; ``sampled-1`` to
+``-64`` and ``sampled-8-causal`` are ours, with so many representatives of a block.  Every method chooses over the whole
 prompt of a head; errors are those of every STRIDE-th block of 128 rows, the last one among them.  On a CPU tensors are
 float32, on a GPU float16; exact attention is float32 over the same numbers.
 
@@ -41,6 +41,7 @@ TOKENS, QUICK_TOKENS = ((8192, 16384, 32768) if CUDA else (8192,)), (4096,)
 QUICK_LAYERS = (3, 17)
 DENSITIES = (0.025, 0.05, 0.1, 0.2)
 SAMPLED = {  # representatives of a block, causal selection
+    "sampled-1": (1, False),
     "sampled-2": (2, False),
     "sampled-4": (4, False),
     "sampled-8": (8, False),

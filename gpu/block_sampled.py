@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attention.key_lists import KEYS, ROWS, SPOKEN, KeyLists, budget, edges, row_blocks
+from attention.key_lists import KEYS, ROWS, KeyLists, budget, edges, row_blocks, spoken
 from gpu import hopper, pacing
 from gpu.codes import UNIT, mixed
 from gpu.importance import EIGHTHS, LEVELS, code, normalise, pool, represent, typical
@@ -28,36 +28,36 @@ ONE = tl.constexpr(2.0**24)  # a chance of 1, in units of 2 ** -UNIT
 
 
 @triton.jit
-def count(CODES, HISTOGRAMS, shift, lines, room, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr):
-    """Grid (lines, heads at work): HISTOGRAMS (heads at work, lines, LEVELS) int32 of the eligible keys' codes."""
+def count(CODES, HISTOGRAMS, TOTALS, shift, lines, room, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr):
+    """Grid (lines, heads at work): HISTOGRAMS (heads at work, lines, LEVELS) int32 of the eligible keys' codes.
+
+    They are added to TOTALS (heads at work, LEVELS) int64.
+    """
     line = tl.program_id(0)
-    at = tl.program_id(1).to(tl.int64) * lines + line
+    head = tl.program_id(1).to(tl.int64)
+    at = head * lines + line
     edge = (shift + line * ROWS) // KEYS * KEYS
+    c = tl.arange(0, LEVELS)
     o = tl.arange(0, TILE)
     found = tl.zeros((LEVELS,), tl.int32)
     for first in tl.range(0, edge, TILE):
         ok = first + o < edge
         codes = tl.load(CODES + at * room + first + o, mask=ok, other=0).to(tl.int32)
         found += tl.histogram(codes, LEVELS, mask=ok)
-    tl.store(HISTOGRAMS + at * LEVELS + tl.arange(0, LEVELS), found)
+    tl.store(HISTOGRAMS + at * LEVELS + c, found)
+    tl.atomic_add(TOTALS + head * LEVELS + c, found.to(tl.int64), mask=found > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["budget"])
-def threshold(HISTOGRAMS, CHANCES, budget, lines, TOGETHER: tl.constexpr):
-    """Grid (heads at work,): HISTOGRAMS (heads at work, lines, LEVELS) int32 -> CHANCES (heads at work, LEVELS) int32.
+def threshold(TOTALS, CHANCES, budget):
+    """Grid (heads at work,): TOTALS (heads at work, LEVELS) int64 -> CHANCES (heads at work, LEVELS) int32.
 
     Chances in units of 2 ** -UNIT: 1 from some code on, falling by an eighth of an octave a code below it, such that
     the budget is what is drawn on average: a head's, the bits of a float64.
     """
     at = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, LEVELS)
-    o = tl.arange(0, TOGETHER)
-    counts = tl.zeros((LEVELS,), tl.int64)
-    for first in tl.range(0, lines, TOGETHER):
-        line = first + o
-        found = HISTOGRAMS + (at * lines + line)[:, None] * LEVELS + c[None, :]
-        counts += tl.sum(tl.load(found, mask=line[:, None] < lines, other=0), 0).to(tl.int64)
-    many = counts.to(tl.float64)
+    many = tl.load(TOTALS + at * LEVELS + c).to(tl.float64)
     budget = budget.to(tl.int64).to(tl.float64, bitcast=True)
     value = tl.exp2(c.to(tl.float32) / EIGHTHS).to(tl.float64)
     weight = many * value
@@ -142,11 +142,11 @@ def draw(
         carry += tl.sum(chance.to(tl.int64), 0)
 
 
-TAKEN = 32  # representatives that a program of `represent` makes
+TAKEN = 8  # representatives that a program of `represent` makes
 REPRESENTED = 64  # representatives that a program of `normalise` takes
 COLUMNS = 128  # representatives that a program of `code` takes
-TILE = 1024  # codes that `count` and `draw` take at once, lines that `places` takes
-SUMMED = 32  # histograms that `threshold` takes at once
+TILE = 1024  # codes that `count` and `draw` take at once
+PLACED = 4096  # lines that `places` takes at once
 GRID = 65535  # programs that the second axis of a launch may have
 BYTES = 1 << 31  # of codes that are kept at once, but for a single head's: heads beyond that wait
 
@@ -173,7 +173,7 @@ def key_lists(
         k: (B, g, n, d).
         v: (B, g, n, dv), dv a power of two.
         density: of all pairs, as `attention.key_lists.KeyLists.densities` has it.
-        rows: representatives of a block, a power of two up to 128; fastest from 2 to 16.
+        rows: representatives of a block, a power of two up to 128; fastest up to 16.
         causal_selection: whether nothing after a row may bear on what it attends to.
         seed: of the draw.
         scale: of the scores.
@@ -204,7 +204,7 @@ def key_lists(
         many = min(slab, heads - first)
         drawn = plan.drawn(first, many, kept, seed_word(seed), head)
         own = offsets[first * T : (first + many) * T + 1]  # begins where the heads before end
-        places[(1,)](drawn.lengths, own, many * T, FIRST=first == 0, TILE=TILE, num_warps=4)
+        places[(1,)](drawn.lengths, own, many * T, FIRST=first == 0, TILE=PLACED, num_warps=16)
         drawn.into(own, tokens, weights)
     return KeyLists(offsets, tokens, weights)
 
@@ -281,8 +281,8 @@ class _Plan:
 
         queries = new(many, T, R, d, dtype=q.dtype)
         represent[(triton.cdiv(T * R, TAKEN), many)](
-            q, queries, *q.stride()[:3], m, h, first, T, D=d, R=R, S=min(SPOKEN, ROWS // R), ROWS=ROWS,
-            CAUSAL=self._causal, TAKEN=TAKEN, num_warps=4,
+            q, queries, *q.stride()[:3], m, h, first, T, D=d, R=R, S=spoken(R), ROWS=ROWS,
+            CAUSAL=self._causal, TAKEN=TAKEN, num_warps=1,
         )  # fmt: skip
         sums, shares = new(many, T, R, dtype=torch.float32), new(many, n // KEYS, T, dtype=torch.float32)
         together = self._together(first, many)
@@ -296,16 +296,17 @@ class _Plan:
         codes = new(many, T, room, dtype=torch.uint8)
         self._code(queries, sums, shares, codes, first)
         counts = new(many, T, 256, dtype=torch.int32)
+        totals = torch.zeros(many, 256, dtype=torch.int64, device=q.device)
         if hopper.on(codes.device):
-            hopper.count(codes, counts, n - m)
+            hopper.count(codes, counts, totals, n - m)
         else:
-            count[(T, many)](codes, counts, n - m, T, room, ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4)
+            count[(T, many)](codes, counts, totals, n - m, T, room, ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4)
         if self._causal:
             chances = pacing.chances(counts, kept, n - m)
         else:
             chances = new(many, 1, 256, dtype=torch.int32)
             (bits,) = struct.unpack("q", struct.pack("d", kept))  # floats would be rounded to 32 bits
-            threshold[(many,)](counts, chances, bits, T, TOGETHER=SUMMED, num_warps=8)
+            threshold[(many,)](totals, chances, bits, num_warps=4)
         starts, lengths = new(many, T, dtype=torch.int32), new(many, T, dtype=torch.int64)
         size[(T, many)](counts, chances, starts, lengths, seed, offset + first, T, chances.shape[1], num_warps=4)
         return _Drawn(codes, chances, starts, lengths, n - m)

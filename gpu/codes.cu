@@ -1,6 +1,6 @@
 // Counting codes of importance, and drawing keys by them: `count` and `draw` of `gpu.block_sampled` define both.
 //
-// grid (lines, heads); 128 threads count, a warp draws.
+// grid (lines, heads); 256 threads count, a warp draws.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -8,15 +8,16 @@ typedef long long i64;
 typedef unsigned char u8;
 typedef unsigned short u16;
 
-constexpr int THREADS = 128, EACH = 16, TILE = THREADS * EACH, LEVELS = 256, UNIT = 24;
+constexpr int THREADS = 256, EACH = 16, TILE = THREADS * EACH, LEVELS = 256, UNIT = 24;
 constexpr int RUN = 32;        // codes that a lane draws from at a time
 constexpr int TOP = 31 - UNIT;
-constexpr int LOG_COPIES = 3, COPIES = 1 << LOG_COPIES;  // of a histogram, so that lanes seldom wait for each other
+constexpr int LOG_COPIES = 5, COPIES = 1 << LOG_COPIES;  // of a histogram, so that lanes do not wait for each other
 constexpr float LN2 = 0.6931471805599453f;
 
 struct Arguments {
   const u8 *codes;        // (heads, lines, room)
   int *histograms;        // (heads, lines, LEVELS)
+  u64 *totals;            // (heads, LEVELS), added to
   const int *chances;     // (heads, tables, LEVELS)
   const int *starts;      // (heads, lines)
   const i64 *offsets;     // (heads * lines + 1,)
@@ -38,11 +39,11 @@ template <int SCALE, class T> __device__ __forceinline__ T &at(T *table, const u
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) count(const __grid_constant__ Arguments a) {
-  __shared__ int found[LEVELS * COPIES];
+  __shared__ alignas(16) int found[LEVELS * COPIES];
   const i64 line = (i64)blockIdx.y * a.lines + blockIdx.x;
   const int thread = threadIdx.x, edge = eligible(a, blockIdx.x);
   int *own = found + thread % COPIES;
-  for (int i = thread; i < LEVELS * COPIES; i += THREADS) found[i] = 0;
+  for (int i = thread; i < LEVELS * COPIES / 4; i += THREADS) ((int4 *)found)[i] = make_int4(0, 0, 0, 0);
   __syncthreads();
   after_predecessor();
   for (int first = EACH * thread; first < edge; first += TILE) {
@@ -55,6 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(const __grid_constan
     int sum = 0;
     for (int j = 0; j < COPIES; j++) sum += found[i * COPIES + (j + thread) % COPIES];
     a.histograms[line * LEVELS + i] = sum;
+    if (sum) atomicAdd(&a.totals[(i64)blockIdx.y * LEVELS + i], (u64)sum);
   }
 }
 

@@ -17,7 +17,7 @@ from attention.key_lists import KEYS, KeyLists, row_blocks
 from hsr.errors import BackendUnavailable
 
 STAGES = {64: 6, 128: 3}  # tiles of keys and of values in shared memory, by width
-CODES_STAGES = {2: 4, 4: 5, 8: 5, 16: 5, 32: 5}  # tiles of keys that wait to be scored, by representatives of a block
+CODES_STAGES = {1: 4, 2: 4, 4: 5, 8: 5, 16: 5, 32: 5}  # tiles of keys that wait, by representatives of a block
 ITEMS, SHORTEST, LONGEST = 8, 4, 32  # of a processor, so that all end together; their tiles
 THREADS = 384  # of a program: one group that asks for tiles, two that multiply
 
@@ -47,7 +47,7 @@ Importance = _structure(
     mapped=True,
 )
 Codes = _structure(
-    "codes histograms chances starts offsets tokens log_weights", "capacity", "shift lines room tables", False
+    "codes histograms totals chances starts offsets tokens log_weights", "capacity", "shift lines room tables", False
 )
 
 
@@ -182,11 +182,11 @@ def importance(
     _launch("importance.cu", "importance", settings, (_processors(k.device), 1), THREADS, arguments, k.device)
 
 
-def count(codes: torch.Tensor, histograms: torch.Tensor, shift: int) -> None:
+def count(codes: torch.Tensor, histograms: torch.Tensor, totals: torch.Tensor, shift: int) -> None:
     """As `gpu.block_sampled.count`."""
     many, lines, room = codes.shape
-    arguments = Codes(codes.data_ptr(), histograms.data_ptr(), *[None] * 5, 0, shift, lines, room, 0)
-    _launch("codes.cu", "count", {}, (lines, many), 128, arguments, codes.device)
+    arguments = Codes(*map(_address, (codes, histograms, totals)), *[None] * 5, 0, shift, lines, room, 0)
+    _launch("codes.cu", "count", {}, (lines, many), 256, arguments, codes.device)
 
 
 def draw(
@@ -201,7 +201,7 @@ def draw(
     """As `gpu.block_sampled.draw`."""
     many, lines, room = codes.shape
     arguments = Codes(
-        codes.data_ptr(), None, *map(_address, (chances, starts, offsets, tokens, weights)), len(tokens), shift, lines,
-        room, chances.shape[1],
+        *map(_address, (codes, None, None, chances, starts, offsets, tokens, weights)), len(tokens), shift, lines, room,
+        chances.shape[1],
     )  # fmt: skip
     _launch("codes.cu", "draw", {}, (lines, many), 32, arguments, codes.device)

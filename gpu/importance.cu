@@ -5,7 +5,7 @@
 // and block.  Heads that read the same keys stand side by side: a *place* is a block of rows and one of them.  They lie
 // in such an order that a thread of the product holds all R scores of a key for a place: nothing is exchanged.
 //
-// Compiled with: D (64 or 128), BF16, R representatives (2, 4, 8, 16 or 32), STAGES.
+// Compiled with: D (64 or 128), BF16, R representatives (1, 2, 4, 8, 16 or 32), STAGES.
 
 #include "hopper.cuh"
 
@@ -14,6 +14,10 @@ constexpr int PLACES = 128 / R;       // of a consumer
 constexpr int ALL = GROUPS * PLACES;
 constexpr int SLOTS = PLACES / 4;     // of a consumer's places, those whose scores a thread holds
 constexpr int PIECES = PLACES > 32 ? PLACES / 32 : 1;  // 16 codes each that a thread writes of a tile
+constexpr int PAIR = R > 1 ? 2 : 1;   // representatives of a place in neighbouring columns of the product
+constexpr int EACH = 2 / PAIR;        // places of a thread's two columns of eight
+constexpr int TURNS = R > 1 ? 2 : 1;  // tiles of codes that wait to be written: for two there may be no room
+static_assert(ROWS == KEYS);          // every line has a block of keys more than the one before
 
 struct alignas(64) Map { u8 bytes[128]; };
 
@@ -34,7 +38,7 @@ struct Item { int bundle, place, first, stop; };  // places from `place` on of s
 struct Shared {
   alignas(1024) u8 q[2][GROUPS][TILE];
   alignas(1024) u8 k[STAGES][TILE / 2];
-  alignas(16) u16 out[GROUPS][2][PLACES][HALF / 2 + 8];  // by turn: of keys r and r + 8 of 16
+  alignas(16) u16 out[GROUPS][TURNS][PLACES][HALF / 2 + 8];  // of keys r and r + 8 of 16
   alignas(16) float sums[2][128 * GROUPS];
   alignas(16) float share[STAGES][ALL];
   alignas(16) signed char far[STAGES][HALF];
@@ -47,18 +51,19 @@ __device__ __forceinline__ int edge(const Arguments &a, int line) { return (a.ke
 
 // Hands out the items: heads side by side in turn, of these chunks of keys, of these the places that have such keys.
 struct Cursor {
-  int bundle = 0, chunk = 0, before = 0, here;  // items before this chunk, and of it
+  int bundle = 0, chunk = 0, before = 0;  // items before this chunk
 
-  __device__ __forceinline__ static int groups(const Arguments &a) { return (a.lines * a.together + ALL - 1) / ALL; }
   __device__ __forceinline__ static int stop(const Arguments &a, int group) {
     return edge(a, min((group * ALL + ALL - 1) / a.together, a.lines - 1));
   }
-  __device__ __forceinline__ explicit Cursor(const Arguments &a) : here(groups(a)) {}
-  __device__ __forceinline__ Item next(const Arguments &a, bool first) {
-    const int all = groups(a), item = first ? blockIdx.x : gridDim.x + atomicAdd(a.counter, 1);
-    for (; bundle < a.many / a.together; bundle++, chunk = 0, here = all)
-      for (; here; chunk++) {
-        while (here && stop(a, all - here) <= chunk * a.chunk) here--;
+  __device__ __forceinline__ int first(const Arguments &a) const {  // line with keys of the chunk
+    return max(chunk * (a.chunk / KEYS) - (a.keys - a.rows) / KEYS + 1, 0);
+  }
+  __device__ __forceinline__ Item next(const Arguments &a, bool begins) {
+    const int all = (a.lines * a.together + ALL - 1) / ALL, item = begins ? blockIdx.x : gridDim.x + atomicAdd(a.counter, 1);
+    for (; bundle < a.many / a.together; bundle++, chunk = 0)
+      for (; first(a) < a.lines; chunk++) {
+        const int here = all - first(a) * a.together / ALL;  // groups of places, from the last one on
         if (item < before + here) {
           const int group = all - 1 - (item - before);
           return {bundle, group * ALL, chunk * a.chunk, min(stop(a, group), (chunk + 1) * a.chunk)};
@@ -76,7 +81,7 @@ __device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive 
 // Which representative a column of a consumer's product is: `of` of place `place`.
 __device__ __forceinline__ void column(int i, int &place, int &of) {
   const int j = i / 8;
-  place = j / (R / 2) * 4 + i % 8 / 2, of = j % (R / 2) * 2 + i % 2;
+  place = j / (R / PAIR) * (8 / PAIR) + i % 8 / PAIR, of = j % (R / PAIR) * PAIR + i % PAIR;
 }
 
 // Powers of two min(2^x, 1) of two numbers at once, within 3 %: the bits of bfloat16s, linear between whole exponents.
@@ -97,7 +102,7 @@ __device__ __forceinline__ u32 plus_product(u32 a, u32 b, u32 c) {  // a b + c
 __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
   const int thread = threadIdx.x, whole = a.keys / KEYS;
   const Gather gather(thread);
-  Cursor cursor(a);
+  Cursor cursor;
   int round = 0;
   for (int turn = 0;; turn++) {
     const int now = turn & 1;
@@ -127,8 +132,12 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
     arrive_copied(s.q_full[now]);
     if (thread == 0) arrive(s.q_full[now]);
 
-    const int place = item.place + thread, line = min(place / a.together, a.lines - 1);
-    const float *shares = a.shares + (i64)(local + place % a.together) * whole * a.lines + line;
+    const float *shares[(ALL + 127) / 128];
+    #pragma unroll
+    for (int i = 0; i < (ALL + 127) / 128; i++) {
+      const int place = item.place + 128 * i + thread, line = min(place / a.together, a.lines - 1);
+      shares[i] = a.shares + (i64)(local + place % a.together) * whole * a.lines + line;
+    }
     const signed char *far = a.far + (i64)(head / a.groups) * ((a.keys + KEYS - 1) / KEYS * KEYS);
     for (int first = item.first; first < item.stop; first += HALF, round++) {
       const int stage = round % STAGES;
@@ -140,8 +149,10 @@ __device__ __forceinline__ void produce(const Arguments &a, Shared &s) {
               ::"r"(address(s.k[stage]) + half * (HALF * 128)), "l"(&a.map), "r"(address(&s.k_full[stage])), "r"(64 * half), "r"(first),
               "r"(inner / a.groups), "r"(batch) : "memory");
       }
-      if (thread < ALL)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address(&s.share[stage][thread])), "l"(shares + (i64)(first / KEYS) * a.lines) : "memory");
+      #pragma unroll
+      for (int i = 0; i < (ALL + 127) / 128; i++)
+        if (thread < ALL)
+          asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address(&s.share[stage][128 * i + thread])), "l"(shares[i] + (i64)(first / KEYS) * a.lines) : "memory");
       if (thread < HALF / 4)
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address(&s.far[stage][4 * thread])), "l"(far + first + 4 * thread) : "memory");
       arrive_copied(s.k_full[stage]);
@@ -153,7 +164,7 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
   const int thread = threadIdx.x - 128, group = thread / 128, warp = thread / 32 % 4, lane = thread % 32, r = lane / 4, c = lane % 4;
   const int base = 16 * warp + r;  // a thread has keys base and base + 8 of a tile
   const float factor = 2.f * a.scale * LOG2E / 127.f;
-  constexpr u32 PART = (127 - (R == 2 ? 1 : R == 4 ? 2 : R == 8 ? 3 : R == 16 ? 4 : 5)) * 0x00800080;  // twice 1 / R
+  constexpr u32 PART = (127 - (R > 1) - (R > 2) - (R > 4) - (R > 8) - (R > 16)) * 0x00800080;  // twice 1 / R
   float even[64], odd[64], less[32];  // scores of two tiles; what their columns take off
   int round = 0;
   if (group == 1) give_turn(group);
@@ -190,25 +201,30 @@ __device__ __forceinline__ void consume(const Arguments &a, Shared &s) {
     auto write = [&](float (&score)[64], int at, int first) {  // what was multiplied; its keys may be forgotten
       const int stage = at % STAGES;
       pinned(score);
-      u32 share[SLOTS];  // twice, as bfloat16s
+      u32 share[SLOTS / EACH];  // as bfloat16s, one twice or two
       #pragma unroll
-      for (int i = 0; i < SLOTS; i++) share[i] = __byte_perm(__float_as_uint(s.share[stage][PLACES * group + 4 * i + c]), 0, 0x3232);
+      for (int i = 0; i < SLOTS / EACH; i++) {
+        const float *own = &s.share[stage][PLACES * group + (4 * i + c) * EACH];
+        share[i] = __byte_perm(__float_as_uint(own[0]), __float_as_uint(own[EACH - 1]), 0x7632);
+      }
       const u32 far = __byte_perm(s.far[stage][base] + 223 - 4 * 127, s.far[stage][base + 8] + 223 - 4 * 127, 0x5410);
       __syncwarp();
       if (lane == 0) arrive(s.k_empty[stage]);
-      u16 (*out)[HALF / 2 + 8] = s.out[group][at & 1];
+      u16 (*out)[HALF / 2 + 8] = s.out[group][at % TURNS];
+      if (TURNS == 1) asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");  // the tile before is read
       #pragma unroll
       for (int i = 0; i < SLOTS; i++) {
         u32 square = 0;
         #pragma unroll
         for (int j = 0; j < R; j++) {
-          const int column = i * (R / 2) + j / 2;  // eights of columns
-          const float y = less[2 * column + j % 2], *x = score + 4 * column + j % 2;
+          const int own = i * R + j;  // of the thread's columns
+          const float y = less[own], *x = score + own / 2 * 4 + own % 2;
           const u32 both = powers(within(x[0], factor, y), within(x[2], factor, y));
           square = j ? plus(square, both) : both;
         }
-        const u32 found = __viaddmin_s16x2_relu(plus_product(square, PART, share[i]) >> 5 & 0x07FF07FF, far, 0x00FF00FF);
-        out[4 * i + c][8 * warp + r] = (u16)__byte_perm(found, 0, 0x4420);
+        const u32 twice = EACH == 1 ? share[i] : __byte_perm(share[i / EACH], 0, i % EACH ? 0x3232 : 0x1010);
+        const u32 found = __viaddmin_s16x2_relu(plus_product(square, PART, twice) >> 5 & 0x07FF07FF, far, 0x00FF00FF);
+        out[(4 * (i / EACH) + c) * EACH + i % EACH][8 * warp + r] = (u16)__byte_perm(found, 0, 0x4420);
       }
       asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
       #pragma unroll

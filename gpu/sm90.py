@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from attention.key_lists import spoken
 from attention.skip_softmax_reference import BLOCK
 from gpu import (
     audit_bounds,
@@ -179,16 +180,16 @@ def audit_cases() -> Iterator[Case]:
 
 def importance_cases() -> Iterator[Case]:
     """The shapes that `gpu.block_sampled` launches, keys read first, then their codes."""
-    counts = {"HISTOGRAMS": "*i32", "CHANCES": "*i32", "STARTS": "*i32"}
+    counts = {"HISTOGRAMS": "*i32", "TOTALS": "*i64", "CHANCES": "*i32", "STARTS": "*i32"}
     for D in (64, 128, 256):
         kinds = {"MEANS": "*bf16", "SHARES": "*fp32", "FAR": "*i8", "CODES": "*u8"}
         kinds |= {"CENTRES": "*fp32", "SQUARES": "*fp32", "QUERIES": "*bf16"}
         yield Case(importance.typical, {"DV": D, "KEYS": 128}, 8, "", kinds)
         yield Case(importance.pool, {"D": D, "DV": D, "KEYS": 128}, 8, "", kinds)
         fitting = block_sampled.stages(D)
-        for R, causal in ((2, False), (4, False), (8, False), (8, True), (16, True)):
+        for R, causal in ((1, False), (2, False), (4, False), (8, False), (8, True), (16, True)):
             own = {"D": D, "R": R, "ROWS": 128, "CAUSAL": causal}
-            yield Case(importance.represent, own | {"S": min(8, 128 // R), "TAKEN": block_sampled.TAKEN}, 4, "", kinds)
+            yield Case(importance.represent, own | {"S": spoken(R), "TAKEN": block_sampled.TAKEN}, 1, "", kinds)
             for together in (1, 4):
                 split = {"G": 4, "KEYS": 128, "LINES": 16 // R, "TOGETHER": together, "PADDED": together}
                 yield Case(importance.normalise, own | split, 4, "MMA", kinds, fitting)
@@ -196,11 +197,9 @@ def importance_cases() -> Iterator[Case]:
             yield Case(importance.code, scored | {"STAGES": fitting}, 8, "MMA", kinds)
     tile = {"ROWS": 128, "KEYS": 128, "TILE": block_sampled.TILE}
     yield Case(block_sampled.count, tile, 4, "", counts | {"CODES": "*u8"})
-    summed = {"TOGETHER": block_sampled.SUMMED}
-    yield Case(block_sampled.threshold, summed, 8, "", counts | {"budget": "i64"})
-    yield Case(
-        block_sampled.places, {"FIRST": True, "TILE": block_sampled.TILE}, 4, "", {"LENGTHS": "*i64", "OFFSETS": "*i64"}
-    )
+    yield Case(block_sampled.threshold, {}, 4, "", counts | {"budget": "i64"})
+    placed = {"FIRST": True, "TILE": block_sampled.PLACED}
+    yield Case(block_sampled.places, placed, 16, "", {"LENGTHS": "*i64", "OFFSETS": "*i64"})
     yield Case(pacing.pace, {"LATER": pacing.AHEAD}, 1, "", {"OWN": "*i32", "EXPECTED": "*fp64", "LEFT": "*fp64"})
     yield Case(block_sampled.size, {}, 4, "", counts | {"LENGTHS": "*i64"})
     rest = {"CODES": "*u8", "OFFSETS": "*i64", "TOKENS": "*i32", "LOG_WEIGHTS": "*fp32"}
@@ -279,7 +278,7 @@ def prefill_settings() -> Iterator[tuple[str, dict[str, int]]]:
         for BF16, *lists in ((0, 1, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1), (1, 1, 1, 1), (1, 0, 0, 0)):
             kinds = dict(zip(("TOKENS", "BLOCKS", "MEANS"), lists, strict=True))
             yield "listed.cu", {"D": D, "BF16": BF16, **kinds, "STAGES": STAGES[D]}
-        for BF16, R in ((1, 2), (1, 4), (0, 8), (1, 8), (1, 16), (1, 32)):
+        for BF16, R in ((1, 1), (1, 2), (1, 4), (0, 8), (1, 8), (1, 16), (1, 32)):
             yield "importance.cu", {"D": D, "BF16": BF16, "R": R, "STAGES": CODES_STAGES[R]}
     yield "codes.cu", {}
 

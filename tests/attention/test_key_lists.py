@@ -53,7 +53,7 @@ def test_representatives_speak_for_rows_of_their_part(shape: tuple[int, int], ro
     begin = part * np.arange(rows)[:, None]
     inside = key_lists.spoken_for(m, rows)
     before = key_lists.spoken_for(m, rows, causal=True)
-    assert inside.shape == before.shape == (len(first), rows, min(key_lists.SPOKEN, part))
+    assert inside.shape == before.shape == (len(first), rows, key_lists.spoken(rows))
     assert (inside >= np.minimum(first + begin, m - 1)).all()
     assert (inside < np.minimum(first + begin + part, m)).all()
     assert (np.diff(key_lists.spoken_for(128 * len(first), rows)) > 0).all()

@@ -32,6 +32,9 @@ PROMPTS = [  # B, g, G, m, n, representative rows, causal selection
     (1, 1, 1, 1, 300, 2, False),
     (1, 1, 1, 260, 390, 1, False),
     (1, 1, 3, 700, 700, 2, False),
+    (1, 2, 3, 500, 900, 1, False),
+    (1, 1, 2, 300, 700, 1, True),
+    pytest.param(1, 1, 4, 9000, 9100, 1, False, marks=GPU),
 ]
 
 
@@ -136,12 +139,16 @@ def test_histograms_are_exact(shift, T):
     codes = torch.randint(0, 256, (3, T, room), generator=torch.Generator().manual_seed(shift)).to(torch.uint8).to(HERE)
     codes[0] = 7  # one bin takes all
     counts = torch.empty(3, T, 256, dtype=torch.int32, device=HERE)
-    block_sampled.count[(T, 3)](codes, counts, shift, T, room, ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4)
-    assert np.array_equal(counts.cpu().numpy(), histograms(codes, m, n))
+    totals = torch.full((3, 256), 2**40, dtype=torch.int64, device=HERE)
+    wanted = histograms(codes, m, n)
+    block_sampled.count[(T, 3)](codes, counts, totals, shift, T, room, ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4)
+    assert np.array_equal(counts.cpu().numpy(), wanted)
+    assert np.array_equal(totals.cpu().numpy(), 2**40 + wanted.sum(1))
     if HERE == "cuda" and hopper.present():
         counts.fill_(-1)
-        hopper.count(codes, counts, shift)
-        assert np.array_equal(counts.cpu().numpy(), histograms(codes, m, n))
+        hopper.count(codes, counts, totals, shift)
+        assert np.array_equal(counts.cpu().numpy(), wanted)
+        assert np.array_equal(totals.cpu().numpy(), 2**40 + 2 * wanted.sum(1))
 
 
 @pytest.mark.parametrize("density", [0.5, 0.8, 0.97])
