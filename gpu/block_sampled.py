@@ -214,6 +214,11 @@ def stages(d: int) -> int:
     return 2 if d == 256 else 3
 
 
+def warps(d: int) -> int:
+    """Of `normalise`: four would not hold a mean key's row of width 256 in their registers."""
+    return 8 if d == 256 else 4
+
+
 @dataclass(frozen=True)
 class _Drawn:
     """Codes and chances of some heads, from which their lists are written."""
@@ -290,8 +295,8 @@ class _Plan:
         lines = max(min(16, REPRESENTED // padded) // R, 1)  # of more the bands would be read for too few rows each
         normalise[(triton.cdiv(T, lines), many // together)](
             queries, k, self._means, sums, shares, *k.stride()[:3], m, n, h, first, T, self._scale, G=h // g, D=d, R=R,
-            LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal, TOGETHER=together, PADDED=padded, num_warps=4,
-            num_stages=stages(d),
+            LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal, TOGETHER=together, PADDED=padded,
+            num_warps=warps(d), num_stages=stages(d),
         )  # fmt: skip
         codes = new(many, T, room, dtype=torch.uint8)
         self._code(queries, sums, shares, codes, first)
