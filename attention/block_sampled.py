@@ -1,12 +1,13 @@
 """Sparse prefill: blocks of 128 rows share keys that are drawn by importance, with one threshold for a head.
 
 What real heads say (SmolLM2, 8192 tokens, a tenth of the pairs): errors over those of the best 128 x 128 blocks of each
-head by true mass, over all 270 heads 0.25 as it stands, 0.27 with 2 representatives, 0.26 with 4, 0.22 with 32 and 0.21
-with 64 (`python -m benchmarks.run prefill-accuracy`); the worst head's is 1.3, 1.5, 1.4, 1.0 and 1.0, and at a fifth of
-the pairs 1.5, 2.0, 1.7, 1.4 and 1.2.  With single rows as representatives they were 0.33 with 4, 0.29 with 8 and 0.24
-with 32, the worst head's 3.3, 2.5 and 1.2.  Over 63 heads of seven layers two representatives have 0.31 as single rows,
-0.28 as means of two neighbours, 0.24 of eight, 0.22 of eight rows evenly spaced in their half of the block, as of all
-64; one mean of sixteen rows has 0.23.
+head by true mass, over all 270 heads 0.25 as it stands, 0.28 with one representative, 0.27 with 2, 0.26 with 4, 0.22
+with 32 and 0.21 with 64 (`python -m benchmarks.run prefill-accuracy`); the worst head's is 1.3, 1.6, 1.5, 1.4, 1.0 and
+1.0, and at a fifth of the pairs 1.5, 2.1, 2.0, 1.7, 1.4 and 1.2. One mean of sixteen rows had 0.25 over 90 heads, of
+eight 0.26, of 32 0.25; more rows made no difference to several representatives either. With single rows as
+representatives they were 0.33 with 4, 0.29 with 8 and 0.24 with 32, the worst head's 3.3, 2.5 and 1.2. Over 63 heads of
+seven layers two representatives have 0.31 as single rows, 0.28 as means of two neighbours, 0.24 of eight, 0.22 of eight
+rows evenly spaced in their half of the block, as of all 64.
 
 With 8 single rows, for 33 heads of 10 layers and every eighth block: 0.31 and
 

@@ -214,6 +214,11 @@ def stages(d: int) -> int:
     return 2 if d == 256 else 3
 
 
+def lines_together(heads: int, R: int) -> int:
+    """Of a program of `normalise`: few, as each reads the bands of all, but 16 rows of a product at least."""
+    return max(min(16 // R, REPRESENTED // (heads * R), 8), 16 // (heads * R), 1)
+
+
 def warps(d: int) -> int:
     """Of `normalise`: four would not hold a mean key's row of width 256 in their registers."""
     return 8 if d == 256 else 4
@@ -292,7 +297,7 @@ class _Plan:
         sums, shares = new(many, T, R, dtype=torch.float32), new(many, n // KEYS, T, dtype=torch.float32)
         together = self._together(first, many)
         padded = triton.next_power_of_2(together)
-        lines = max(min(16, REPRESENTED // padded) // R, 1)  # of more the bands would be read for too few rows each
+        lines = lines_together(padded, R)
         normalise[(triton.cdiv(T, lines), many // together)](
             queries, k, self._means, sums, shares, *k.stride()[:3], m, n, h, first, T, self._scale, G=h // g, D=d, R=R,
             LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal, TOGETHER=together, PADDED=padded,

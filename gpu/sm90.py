@@ -191,7 +191,8 @@ def importance_cases() -> Iterator[Case]:
             own = {"D": D, "R": R, "ROWS": 128, "CAUSAL": causal}
             yield Case(importance.represent, own | {"S": spoken(R), "TAKEN": block_sampled.TAKEN}, 1, "", kinds)
             for together in (1, 4):
-                split = {"G": 4, "KEYS": 128, "LINES": 16 // R, "TOGETHER": together, "PADDED": together}
+                split = {"G": 4, "KEYS": 128, "LINES": block_sampled.lines_together(together, R)}
+                split |= {"TOGETHER": together, "PADDED": together}
                 yield Case(importance.normalise, own | split, block_sampled.warps(D), "MMA", kinds, fitting)
             scored = {"G": 4, "D": D, "R": R, "ROWS": 128, "KEYS": 128, "LINES": block_sampled.COLUMNS // R}
             yield Case(importance.code, scored | {"STAGES": fitting}, 8, "MMA", kinds)
