@@ -144,6 +144,7 @@ def draw(
 
 TAKEN = 8  # representatives that a program of `represent` makes
 REPRESENTED = 64  # representatives that a program of `normalise` takes
+BUSY = 256  # programs that keep a GPU busy
 COLUMNS = 128  # representatives that a program of `code` takes
 TILE = 1024  # codes that `count` and `draw` take at once
 PLACED = 4096  # lines that `places` takes at once
@@ -214,9 +215,16 @@ def stages(d: int) -> int:
     return 2 if d == 256 else 3
 
 
-def lines_together(heads: int, R: int) -> int:
-    """Of a program of `normalise`: few, as each reads the bands of all, but 16 rows of a product at least."""
-    return max(min(16 // R, REPRESENTED // (heads * R), 8), 16 // (heads * R), 1)
+def lines_together(heads: int, R: int, lines: int) -> int:
+    """Of so many lines of some heads side by side, those of a program of `normalise`, which reads the bands of all.
+
+    Few, so that there are programs enough, but with 16 rows of a product at least.
+    """
+    least = max(16 // (heads * R), 1)
+    found = max(min(16 // R, REPRESENTED // (heads * R), 8), least)
+    while found > least and lines < BUSY * found:
+        found //= 2
+    return found
 
 
 def warps(d: int) -> int:
@@ -297,7 +305,7 @@ class _Plan:
         sums, shares = new(many, T, R, dtype=torch.float32), new(many, n // KEYS, T, dtype=torch.float32)
         together = self._together(first, many)
         padded = triton.next_power_of_2(together)
-        lines = lines_together(padded, R)
+        lines = lines_together(padded, R, T * many // together)
         normalise[(triton.cdiv(T, lines), many // together)](
             queries, k, self._means, sums, shares, *k.stride()[:3], m, n, h, first, T, self._scale, G=h // g, D=d, R=R,
             LINES=lines, ROWS=ROWS, KEYS=KEYS, CAUSAL=self._causal, TOGETHER=together, PADDED=padded,
