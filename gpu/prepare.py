@@ -12,8 +12,9 @@ from gpu.codes import LINE, after_predecessor, length, log2, mixed, span, succes
 from gpu.encode import write_token
 
 GAIN = tl.constexpr(0.5)  # of the correction from step to step: half, because queries differ
-FARTHEST = tl.constexpr(4.0)  # base-2 logarithm of the largest correction of a number of keys in one step
-MOST = tl.constexpr(12.0)  # and of all corrections together
+FARTHEST = tl.constexpr(8.0)  # base-2 logarithm of the largest ratio of numbers of keys that a step corrects
+MOST = tl.constexpr(8.0)  # deviations that all corrections together may move a threshold
+NARROWEST = tl.constexpr(1.0)  # deviation, in base-2 scores, by which a correction is divided at least
 HIGHEST = tl.constexpr(12.0)  # deviations from the mean score between which thresholds stay
 LOWEST = tl.constexpr(-8.0)
 ROUNDS = tl.constexpr(2)  # of Newton's method, from the last step's place
@@ -96,16 +97,18 @@ def _thresholds(
     """Quantise the G queries of a key-value head and set their thresholds.
 
     A threshold lies where it would draw BUDGET keys on average, were the head's estimated scores normal; their mean
-    and deviation follow from the query and the codes' means and variances, axis by axis.  They are not normal, so the
-    number aimed at is the budget times 2 ** TRIM, the query head's own, which moves from step to step by how many keys
-    the last threshold drew on average, FOUND / PARTS, against the budget.  The logarithm of that number falls by at
-    most one per unit of threshold, so that the correction does not overshoot for a like query.  Any threshold leaves
-    the sums unbiased, because it does not depend on the step's own draw.  A budget beyond all keys draws them all.
+    and deviation follow from the query and the codes' means and variances, axis by axis.  They are not normal, so it
+    is moved by TRIM deviations, the query head's own, which follow from step to step how many keys the last threshold
+    drew on average, FOUND / PARTS, against the budget.  The logarithm of that number falls by at most one per unit of
+    threshold, so that the correction does not overshoot for a like query.  (A budget corrected instead, and put
+    through the normal law, does: where that law takes most keys of a budget for certain, its threshold moves by many
+    units, and heads whose scores have long tails drew nearly all keys and next to none by turns.)  Any threshold
+    leaves the sums unbiased, because it does not depend on the step's own draw.  A budget beyond all keys draws all.
 
     Q (B, heads * G, D) by strides, rows contiguous; MAP (B * heads, PLANES, D + 1, R), MEANS, SPREADS (.., PLANES, R)
     float32; BUDGET (.., GP) float32; FOUND (.., LINE) int32, negative where the last step is no measure
-    -> QUERIES (.., PLANES, GP, R) int8, SIGMA, TAU (.., GP) float32; TRIM and RHO (its place, in deviations) moved,
-    FOUND and COUNTS zero.
+    -> QUERIES (.., PLANES, GP, R) int8, SIGMA, TAU (.., GP) float32; TRIM and RHO (the normal place, in deviations)
+    moved, FOUND and COUNTS zero.
     """
     g = tl.arange(0, GP)
     d = tl.arange(0, D)
@@ -141,14 +144,14 @@ def _thresholds(
     size = (stop - start).to(tl.float32)
     off = tl.where(found < 0, 0.0, tl.minimum(tl.maximum(off, -FARTHEST), FARTHEST))
     off = tl.where(size <= budget, 0.0, off)
-    trim = tl.minimum(tl.maximum(trim - GAIN * off, -MOST), MOST)
+    trim = tl.minimum(tl.maximum(trim + GAIN * off / tl.maximum(deviation, NARROWEST), -MOST), MOST)
     share = tl.minimum(budget / tl.maximum(size, 1.0), 1.0)
-    rho = _normal_place(rho, tl.maximum(deviation, 1e-2) * LN2, (log2(share, ASM) + trim) * LN2)
+    rho = _normal_place(rho, tl.maximum(deviation, 1e-2) * LN2, log2(share, ASM) * LN2)
     tl.store(TRIM + head * GP + g, trim)
     tl.store(RHO + head * GP + g, rho)
     tl.store(FOUND + head * LINE + g, tl.zeros((GP,), tl.int32))
     tl.store(SIGMA + head * GP + g, sigma)
-    tau = tl.where(size <= budget, EVERYTHING, mean * sigma + rho * deviation)
+    tau = tl.where(size <= budget, EVERYTHING, mean * sigma + (rho + trim) * deviation)
     tl.store(TAU + head * GP + g, tl.where(g < G, tau, float("inf")))
     tl.store(COUNTS + head * LINE, 0)
 

@@ -304,9 +304,9 @@ struct Thresholds {
       mean = summed(mean, 1, 32), spread = summed(spread, 1, 32);
       float deviation = sqrtf(fmaxf(spread, 1e-20f)) * sigma;
       float off = log2_(fmaxf((float)found, 1e-3f) / (PARTS * budget));
-      off = found < 0 || size <= budget ? 0.f : fminf(fmaxf(off, -4.f), 4.f);
-      trim = fminf(fmaxf(trim - 0.5f * off, -12.f), 12.f);
-      float target = (log2_(fminf(budget / fmaxf(size, 1.f), 1.f)) + trim) * LN2, steep = fmaxf(deviation, 1e-2f) * LN2;
+      off = found < 0 || size <= budget ? 0.f : fminf(fmaxf(off, -8.f), 8.f);
+      trim = fminf(fmaxf(trim + 0.5f * off / fmaxf(deviation, 1.f), -8.f), 8.f);
+      float target = log2_(fminf(budget / fmaxf(size, 1.f), 1.f)) * LN2, steep = fmaxf(deviation, 1e-2f) * LN2;
       #pragma unroll 1
       for (int i = 0; i < 2; i++) {
         float above = mills(rho), below = mills(steep - rho);
@@ -316,7 +316,7 @@ struct Thresholds {
       }
       if (lane == 0) {
         s.sigma[warp] = sigma, s.trim[warp] = trim, s.rho[warp] = rho;
-        s.tau[warp] = size <= budget ? EVERYTHING : mean * sigma + rho * deviation;
+        s.tau[warp] = size <= budget ? EVERYTHING : mean * sigma + (rho + trim) * deviation;
       }
     }
     __syncthreads();

@@ -19,7 +19,7 @@ from gpu.sampled import SampledCache as Cache  # noqa: E402
 from hsr.backend import choose  # noqa: E402
 from hsr.errors import ArgumentError, BackendUnavailable  # noqa: E402
 from hsr.lifted_numba import generators, number  # noqa: E402
-from tests.gpu.interpreted import HERE, pytestmark  # noqa: E402, F401
+from tests.gpu.interpreted import HERE, normal, pytestmark  # noqa: E402, F401
 
 SampledCache = functools.partial(Cache, tuning=Tuning(single=False))
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
@@ -174,7 +174,7 @@ def test_thresholds_settle_at_the_budget():
     k, v, q = inputs(1, 1, 4, 3000, 64, seed=3)
     budget = 100.0
     cache = SampledCache(k, v, 4, Draws(budget, 32), 0.125)
-    cache.trim.fill_(2.0)  # four times too many at first
+    cache.trim.fill_(-1.0)  # too many at first
     attend(cache, q)
     first = cache.found[0, :4].float().mean() / 16
     for _ in range(8):
@@ -185,17 +185,35 @@ def test_thresholds_settle_at_the_budget():
     assert budget <= 1.25 * cache.counts[0, 0] <= 1.25 * 4 * budget * 1.25
 
 
-@pytest.mark.parametrize(("trim", "column"), [(12.0, 1), (-12.0, 2)])
+def test_budgets_are_kept_where_the_first_keys_score_unlike_the_later_ones():
+    """Codes tell the mean of all keys, far above that of the first: thresholds have deviations to go, and settle."""
+    budget, few = 16.0, 256
+    k, v, _ = inputs(1, 1, 2, 1024, 64, seed=6)
+    k[:, :, few:, 0] += 6
+    queries = 2 * normal(45, 1, 2, 64, seed=7, dtype=torch.float16)
+    queries[..., 0] += 8
+    cache = SampledCache(k, v, 2, Draws(budget), 0.125)
+    found = []
+    for n, q in enumerate(queries, few - len(queries)):
+        cache.lengths.fill_(n)
+        attend(cache, q)
+        found.append(cache.found[0, :2].float().mean() / 16)
+    settled = torch.stack(found[15:]) / budget
+    assert 0.75 < settled.mean() < 1.5
+    assert settled.max() < 4
+
+
+@pytest.mark.parametrize(("trim", "column"), [(-8.0, 1), (8.0, 2)])
 def test_a_list_that_cannot_be_trusted_is_replaced_by_all_keys_and_counted(trim, column):
     k, v, q = inputs(1, 2, 2, 1500, 64, seed=4)
     cache = SampledCache(k, v, 4, Draws(24.0), 0.125)
     cache.trim.fill_(trim)
-    cache.rho.fill_(-8.0 if trim > 0 else 12.0)
-    cache.cap, cache.crowd = (64, 63) if trim > 0 else (cache.cap, cache.crowd)
+    cache.rho.fill_(-8.0 if trim < 0 else 12.0)
+    cache.cap, cache.crowd = (64, 63) if trim < 0 else (cache.cap, cache.crowd)
     output = attend(cache, q)
     assert_exact(output, cache.lse, exact(q, k, v), torch.float16)
     assert (cache.status[:, column] == 1).all() and (cache.attended(1500) == 1500).all()
-    assert trim < 0 or cache.drawn.flatten()[2 * cache.cap :].eq(-1).all()  # nothing was written beyond the lists' end
+    assert trim > 0 or cache.drawn.flatten()[2 * cache.cap :].eq(-1).all()  # nothing was written beyond the lists' end
 
 
 def test_appended_tokens_are_coded_in_place_and_a_full_cache_refuses():

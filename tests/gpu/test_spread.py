@@ -80,7 +80,7 @@ def test_nothing_is_in_doubt_where_every_key_was_read():
     assert (found.square == 0).all()
     assert (found.variance == 0).all()
     cache = SampledCache(k, v, 4, Draws(40.0), 0.125, tuning=Tuning(single=False))
-    cache.trim.fill_(-12.0)
+    cache.trim.fill_(8.0)
     cache.rho.fill_(12.0)
     cache.attend(q, output)
     assert cache.status[:, 2].eq(1).all()  # starved, so all keys were read
