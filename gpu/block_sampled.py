@@ -9,9 +9,9 @@ selection is causal, `gpu.pacing` stands in for `threshold`.  Codes, budgets and
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -48,17 +48,17 @@ def count(CODES, HISTOGRAMS, TOTALS, shift, lines, room, ROWS: tl.constexpr, KEY
     tl.atomic_add(TOTALS + head * LEVELS + c, found.to(tl.int64), mask=found > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["budget"])
-def threshold(TOTALS, CHANCES, budget):
+@triton.jit
+def threshold(TOTALS, BUDGETS, CHANCES):
     """Grid (heads at work,): TOTALS (heads at work, LEVELS) int64 -> CHANCES (heads at work, LEVELS) int32.
 
     Chances in units of 2 ** -UNIT: 1 from some code on, falling by an eighth of an octave a code below it, such that
-    the budget is what is drawn on average: a head's, the bits of a float64.
+    a head's budget is what is drawn on average: BUDGETS (heads at work,) float64.
     """
     at = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, LEVELS)
     many = tl.load(TOTALS + at * LEVELS + c).to(tl.float64)
-    budget = budget.to(tl.int64).to(tl.float64, bitcast=True)
+    budget = tl.load(BUDGETS + at)
     value = tl.exp2(c.to(tl.float32) / EIGHTHS).to(tl.float64)
     weight = many * value
     below = tl.cumsum(weight, 0) - weight  # S, of codes below c
@@ -158,27 +158,26 @@ def key_lists(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    density: float,
+    density: float | np.ndarray,
     rows: int,
     causal_selection: bool,
     seed: int,
     scale: float,
-    head: int = 0,
 ) -> KeyLists:
     """Draw the keys that blocks of rows attend to.
 
-    Nothing waits for the device: thresholds keep to the budget, so that lists fit what it says beforehand.
+    Nothing waits for the device: thresholds keep to the budget, so that lists fit what it says beforehand.  Different
+    densities are copied there.
 
     Args:
         q: (B, h, m, d) float16 or bfloat16, rows contiguous.
         k: (B, g, n, d).
         v: (B, g, n, dv), dv a power of two.
-        density: of all pairs, as `attention.key_lists.KeyLists.densities` has it.
+        density: of all pairs, as `attention.key_lists.KeyLists.densities` has it: of every head, or of each, (B h,).
         rows: representatives of a block, a power of two up to 128; fastest up to 16.
-        causal_selection: whether nothing after a row may bear on what it attends to.
+        causal_selection: whether nothing after a row may bear on what it attends to; heads are of one density then.
         seed: of the draw.
         scale: of the scores.
-        head: number of the first head, by which draws differ.
 
     Returns:
         KeyLists: tokens with log weights, on the device.
@@ -191,9 +190,11 @@ def key_lists(
     heads, T, device = B * h, row_blocks(m), q.device
     room = int(edges(m, n)[-1])
     plan = _Plan(q, k, v, rows, causal_selection, scale, T, room)
-    kept = budget(density, m, n)
+    different, which = np.unique(np.broadcast_to(density, heads), return_inverse=True)
+    kept = np.array([budget(float(own), m, n) for own in different])[which]
+    assert not causal_selection or (kept == kept[0]).all()
     offsets = (torch.empty if room else torch.zeros)(heads * T + 1, dtype=torch.int64, device=device)
-    capacity = min(math.ceil(kept) + T, int(edges(m, n).sum())) * heads
+    capacity = int(np.minimum(np.ceil(kept) + T, edges(m, n).sum()).sum())
     tokens = torch.empty(max(capacity, 1), dtype=torch.int32, device=device)
     weights = torch.empty(max(capacity, 1), dtype=torch.float32, device=device)
     if room == 0:
@@ -203,7 +204,7 @@ def key_lists(
     slab -= slab % together if slab > together else 0
     for first in range(0, heads, slab):
         many = min(slab, heads - first)
-        drawn = plan.drawn(first, many, kept, seed_word(seed), head)
+        drawn = plan.drawn(first, many, kept[first : first + many], seed_word(seed))
         own = offsets[first * T : (first + many) * T + 1]  # begins where the heads before end
         places[(1,)](drawn.lengths, own, many * T, FIRST=first == 0, TILE=PLACED, num_warps=16)
         drawn.into(own, tokens, weights)
@@ -230,6 +231,13 @@ def lines_together(heads: int, R: int, lines: int) -> int:
 def warps(d: int) -> int:
     """Of `normalise`: four would not hold a mean key's row of width 256 in their registers."""
     return 8 if d == 256 else 4
+
+
+def _placed(kept: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Budgets (heads,) on the device; made there where they are alike, so that the host copies nothing."""
+    if (kept == kept[0]).all():
+        return torch.full((len(kept),), float(kept[0]), dtype=torch.float64, device=device)
+    return torch.from_numpy(kept).to(device)
 
 
 @dataclass(frozen=True)
@@ -288,8 +296,8 @@ class _Plan:
             DV=v.shape[3], KEYS=KEYS, num_warps=8,
         )  # fmt: skip
 
-    def drawn(self, first: int, many: int, kept: float, seed: int, offset: int = 0) -> _Drawn:
-        """Codes, thresholds and lengths of heads first .. first + many."""
+    def drawn(self, first: int, many: int, kept: np.ndarray, seed: int) -> _Drawn:
+        """Codes, thresholds and lengths of heads first .. first + many, which keep so many keys each."""
         q, k, T, room, R = self._q, self._k, self._T, self._room, self._rows
         h, m, d = q.shape[1:]
         g, n = k.shape[1:3]
@@ -320,13 +328,12 @@ class _Plan:
         else:
             count[(T, many)](codes, counts, totals, n - m, T, room, ROWS=ROWS, KEYS=KEYS, TILE=TILE, num_warps=4)
         if self._causal:
-            chances = pacing.chances(counts, kept, n - m)
+            chances = pacing.chances(counts, float(kept[0]), n - m)
         else:
             chances = new(many, 1, 256, dtype=torch.int32)
-            (bits,) = struct.unpack("q", struct.pack("d", kept))  # floats would be rounded to 32 bits
-            threshold[(many,)](totals, chances, bits, num_warps=4)
+            threshold[(many,)](totals, _placed(kept, q.device), chances, num_warps=4)
         starts, lengths = new(many, T, dtype=torch.int32), new(many, T, dtype=torch.int64)
-        size[(T, many)](counts, chances, starts, lengths, seed, offset + first, T, chances.shape[1], num_warps=4)
+        size[(T, many)](counts, chances, starts, lengths, seed, first, T, chances.shape[1], num_warps=4)
         return _Drawn(codes, chances, starts, lengths, n - m)
 
     def _together(self, first: int, many: int) -> int:

@@ -138,16 +138,16 @@ def _laid(part: Any, device: torch.device) -> Any:
     return torch.as_tensor(part, device=device).contiguous() if hasattr(part, "shape") else part
 
 
-def drawn(policy: BlockSampled, density: float, arrays: Tensors, scale: float, head: int = 0) -> Answer:
-    """Over keys drawn at a density; ``head`` is the first one's number."""
-    return _attended(arrays, lists_of(policy, density, arrays, scale, head), scale)
+def drawn(policy: BlockSampled, density: float | np.ndarray, arrays: Tensors, scale: float) -> Answer:
+    """Over keys drawn at a density, of all heads or of each, (B h,)."""
+    return _attended(arrays, lists_of(policy, density, arrays, scale), scale)
 
 
-def lists_of(policy: BlockSampled, density: float, arrays: Tensors, scale: float, head: int = 0) -> KeyLists:
-    """The keys that are drawn at a density."""
+def lists_of(policy: BlockSampled, density: float | np.ndarray, arrays: Tensors, scale: float) -> KeyLists:
+    """The keys that are drawn at a density, of all heads or of each."""
     return block_sampled.key_lists(
         *arrays, density=density, rows=policy.rows, causal_selection=policy.causal_selection, seed=policy.seed,
-        scale=scale, head=head,
+        scale=scale,
     )  # fmt: skip
 
 
@@ -182,34 +182,44 @@ def dense(arrays: Tensors, scale: float) -> Answer:
 
 
 def _within(policy: BlockSampled, error: float, arrays: Tensors, scale: float) -> Answer:
-    """Each head at the first of rising densities whose mean error on `measured_rows` is small enough."""
+    """Each head at the first of rising densities whose mean error on `measured_rows` is small enough.
+
+    Heads that miss it are drawn anew together, the others at the least again, which costs little and is not taken.
+    """
     q, k, v = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]
     rows = measured_rows(policy.seed, heads, m)
     chosen = torch.from_numpy(rows).to(q.device)
     exact = exact_rows(q, k, v, rows, scale)[0].flatten(0, 1)  # (H, s, d) float32
-    least = min(least_density(m, n) + (1 - least_density(m, n)) * SHARE, 1.0)
-    answer = drawn(policy, least, arrays, scale)
-    output, lse = answer.output.view(heads, m, -1), answer.lse.view(heads, m)
-    density = np.full(heads, least)
+    least, share = least_density(m, n), np.full(heads, SHARE)
+    lowest = least + (1 - least) * SHARE
+    answer = drawn(policy, lowest, arrays, scale)
+    output, lse, counts, densities = parts = _by_head(answer)
     while True:
         found = output.gather(1, chosen[..., None].expand(-1, -1, q.shape[3])).float()
         off = (found - exact).norm(dim=2)
         missed = torch.where(off == 0, 0.0, off / exact.norm(dim=2)).mean(1).cpu().numpy()
-        late = np.flatnonzero(~(missed <= error) & (density < 1))  # not a number is too much
-        if not late.size:
+        late = ~(missed <= error) & (share < 1)  # not a number is too much
+        if not late.any():
             return answer
-        grown = np.fmax(2.0, (missed[late] / error) ** FALL)
-        density[late] = np.minimum(density[late] * grown, 1.0)
-        for head in late:
+        share[late] = np.minimum(share[late] * np.fmax(2.0, (missed[late] / error) ** FALL), 1.0)
+        some = late & (share < 1)
+        if some.any():
+            better = drawn(policy, np.where(some, least + (1 - least) * share, lowest), arrays, scale)
+            at = torch.from_numpy(np.flatnonzero(some)).to(q.device)
+            for part, other in zip(parts, _by_head(better), strict=True):
+                part[at] = other[at]
+        for head in np.flatnonzero(late & (share == 1)):
             batch, inner = divmod(int(head), q.shape[1])
             source = inner * k.shape[1] // q.shape[1]
-            one = q[batch, inner][None, None], k[batch, source][None, None], v[batch, source][None, None]
-            full = density[head] == 1
-            better = dense(one, scale) if full else drawn(policy, float(density[head]), one, scale, int(head))
-            output[head], lse[head] = better.output[0, 0], better.lse[0, 0]
-            assert answer.counts is not None and answer.densities is not None
-            answer.counts[head] = (
-                torch.from_numpy(edges(m, n)).to(q.device) if better.counts is None else better.counts[0]
-            )
-            answer.densities[head] = 1.0 if better.densities is None else better.densities[0]
+            own = q[batch, inner], k[batch, source], v[batch, source]
+            whole = dense((own[0][None, None], own[1][None, None], own[2][None, None]), scale)
+            output[head], lse[head], densities[head] = whole.output[0, 0], whole.lse[0, 0], 1.0
+            counts[head] = torch.from_numpy(edges(m, n)).to(q.device)
+
+
+def _by_head(answer: Answer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of its parts, a row of the first axis for each of the B h heads."""
+    assert answer.counts is not None and answer.densities is not None
+    output = answer.output.view(-1, *answer.output.shape[2:])
+    return output, answer.lse.view(len(output), -1), answer.counts, answer.densities

@@ -198,7 +198,7 @@ def importance_cases() -> Iterator[Case]:
             yield Case(importance.code, scored | {"STAGES": fitting}, 8, "MMA", kinds)
     tile = {"ROWS": 128, "KEYS": 128, "TILE": block_sampled.TILE}
     yield Case(block_sampled.count, tile, 4, "", counts | {"CODES": "*u8"})
-    yield Case(block_sampled.threshold, {}, 4, "", counts | {"budget": "i64"})
+    yield Case(block_sampled.threshold, {}, 4, "", counts | {"BUDGETS": "*fp64"})
     placed = {"FIRST": True, "TILE": block_sampled.PLACED}
     yield Case(block_sampled.places, placed, 16, "", {"LENGTHS": "*i64", "OFFSETS": "*i64"})
     yield Case(pacing.pace, {"LATER": pacing.AHEAD}, 1, "", {"OWN": "*i32", "EXPECTED": "*fp64", "LEFT": "*fp64"})

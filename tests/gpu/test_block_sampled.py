@@ -64,7 +64,7 @@ def stages(q, k, v, rows, causal, density=0.8, seed=0):
     """The plan and the draw of all heads at once."""
     (B, h, m, d), n = q.shape, k.shape[2]
     plan = Watched(q, k, v, rows, causal, d**-0.5, row_blocks(m), int(edges(m, n)[-1]))
-    return plan, plan.drawn(0, B * h, budget(density, m, n), seed_word(seed))
+    return plan, plan.drawn(0, B * h, np.full(B * h, budget(density, m, n)), seed_word(seed))
 
 
 def histograms(codes, m, n):

@@ -112,20 +112,19 @@ def test_an_error_is_met_in_every_head(zero):
     assert (result.densities <= 1).all() and tuple(result.densities.shape) == (2, 4)
 
 
-def test_heads_of_one_prompt_draw_for_themselves():
+def test_heads_draw_for_themselves_each_at_its_density():
     q, k, v = made(h=2, g=1, m=390, n=390)
     q[:, 1] = q[:, 0]
-    lists = [
-        prompt.lists_of(BlockSampled(density=0.6), 0.6, (q[:, i : i + 1], k, v), 0.125, i).tokens.tolist()
-        for i in (0, 1)
-    ]
-    both = prompt.lists_of(BlockSampled(density=0.6), 0.6, (q, k, v), 0.125)
     T = row_blocks(390)
-    ends = both.token_offsets[[0, T, 2 * T]].tolist()
-    assert [both.tokens[a:b].tolist() for a, b in itertools.pairwise(ends)] == [
-        part[: b - a] for part, (a, b) in zip(lists, itertools.pairwise(ends), strict=True)
-    ]
-    assert lists[0] != lists[1]
+
+    def drawn(density):
+        lists = prompt.lists_of(BlockSampled(density=0.6), density, (q, k, v), 0.125)
+        ends = lists.token_offsets[[0, T, 2 * T]].tolist()
+        return [lists.tokens[a:b].tolist() for a, b in itertools.pairwise(ends)]
+
+    alike, more = drawn(0.6), drawn(0.8)
+    assert alike[0] != alike[1] and len(alike[0]) < len(more[0])
+    assert drawn(np.array([0.6, 0.8])) == [alike[0], more[1]]
 
 
 def listing(m: int, n: int, heads: int) -> KeyLists:
