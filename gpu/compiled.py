@@ -85,8 +85,14 @@ def _compiled(name: str, source: bytes, headers: Mapping[str, bytes], options: S
 
 @cache
 def kernel(name: str, function: str, settings: tuple[tuple[str, int], ...], device: int) -> Kernel:
-    """The function, compiled for the device and loaded once; ``shared_bytes`` of its file is its shared memory."""
+    """The function, compiled for the device and loaded once; ``shared_bytes`` of its file is its shared memory.
+
+    Raises:
+        BackendUnavailable: a graph is being captured, which loading would break.
+    """
     with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise BackendUnavailable(f"{name} is not loaded yet: make the call once before a CUDA graph captures it")
         torch.cuda.current_stream().synchronize()  # there is a context from here on
         major, minor = torch.cuda.get_device_capability(device)
         module = _checked(driver.cuModuleLoadData(machine_code(name, dict(settings), f"sm_{major}{minor}a")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("cuda.bindings")
 
 from gpu import compiled
@@ -41,3 +41,13 @@ def test_what_does_not_compile_says_why(compilations, tmp_path):
     with pytest.raises(BackendUnavailable, match=r"codes\.cu does not compile with --gpu-architecture=sm_90a: .*error"):
         compiled.machine_code("codes.cu", {"int": 7}, "sm_90a")
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.gpu
+def test_a_capture_that_would_load_says_so():
+    x, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    compiled.kernel.cache_clear()
+    with pytest.raises(BackendUnavailable, match=r"codes\.cu is not loaded yet"), torch.cuda.graph(graph):
+        x += 1
+        compiled.kernel("codes.cu", "count", (), x.device.index)
+    compiled.kernel("codes.cu", "count", (), x.device.index)
