@@ -20,12 +20,12 @@ With 8 single rows, for 33 heads of 10 layers and every eighth block: 0.31 and
 - 0.33 without the values' distances;
 - 0.63 against 0.48 (by predicted variance) where weights are smeared along diagonals, for heads that look back by a
   fixed distance: they gain less than the others lose;
-- with a causal selection, over 90 heads and all rows, mean errors 0.197, 0.083 and 0.036 at 5, 10 and 20 % where those
-  of the default were 0.157, 0.065 and 0.028: its representatives cost that, its thresholds nothing (0.200, 0.084, 0.037
-  with one threshold for the head); means of rows take 5 to 9 % off (36 heads).  Three others lost: the threshold at
-  which all blocks so far would have spent the density's share of them (half of the keys listed, 0.268, 0.181, 0.101),
-  that with what is unspent added (0.271, 0.171, 0.092), and a future that grows as the keys do, which keeps too much
-  for the end (0.262, 0.124, 0.063).
+- with a causal selection, over all heads, mean errors 0.200, 0.085 and 0.037 at 5, 10 and 20 % where those of the
+  default are 0.150, 0.065 and 0.028: its representatives cost that, its thresholds nothing (with single rows and over
+  90 heads 0.197, 0.083 and 0.036, with one threshold for the head 0.200, 0.084, 0.037).  Three others lost: the
+  threshold at which all blocks so far would have spent the density's share of them (half of the keys listed, 0.268,
+  0.181, 0.101), that with what is unspent added (0.271, 0.171, 0.092), and a future that grows as the keys do, which
+  keeps too much for the end (0.262, 0.124, 0.063).
 
 Heavy blocks taken whole would be a choice of their own; drawn by the same importance their keys are certain anyway.
 """
@@ -93,7 +93,8 @@ class BlockSampled:
             ``causal_selection`` is refused here.
         seconds: or else the time that the call should take, by rates measured once in the process for the call's widths
             and dtype.  Approximate: other work on the machine counts, and never fewer keys than one a block are listed.
-        rows: representatives of a block, a divisor of 128: 1 where time counts, 64 where the hardest heads do.
+        rows: representatives of a block, a divisor of 128: 1 where time counts, 64 where the hardest heads do; the
+            longer the prompt, the more they matter.
         causal_selection: decide by the first row of a block and ones before it, with a threshold for every block.
         seed: of the draws, 0 .. 2**63 - 1.  Give layers different seeds, so that their errors are independent.
 

@@ -124,7 +124,7 @@ def prefill(gpu: Mapping[str, Any]) -> str:
         + "\n\nA prompt's causal attention, 32 query heads over 8 key-value heads, d = 128, bfloat16, one "
         f"representative a block (`rows=1`).  {gpu['device']}, synthetic heads, the fastest of cuDNN and "
         f"FlashAttention 2 and 3, commit {gpu['commit'][:10]}, `{gpu['command']}`.  The least gain there is "
-        f"{least['speedup']:.1f}x (d = {least['d']}, {least['n']:,} tokens, {least['method']}); shorter prompts gain "
+        f"{least['speedup']:.2f}x (d = {least['d']}, {least['n']:,} tokens, {least['method']}); shorter prompts gain "
         "less, and where rates that are measured say that nothing is gained, a dense kernel serves."
     )
 

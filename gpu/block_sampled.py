@@ -174,7 +174,7 @@ def key_lists(
         k: (B, g, n, d).
         v: (B, g, n, dv), dv a power of two.
         density: of all pairs, as `attention.key_lists.KeyLists.densities` has it: of every head, or of each, (B h,).
-        rows: representatives of a block, a power of two up to 128; fastest up to 16.
+        rows: representatives of a block, a power of two up to 128; fewer are faster.
         causal_selection: whether nothing after a row may bear on what it attends to; heads are of one density then.
         seed: of the draw.
         scale: of the scores.

@@ -67,7 +67,7 @@ ROWS = (
         "hsr.sketch_numba",
         "cpu",
         "attention's d (16 to 256); int8 codes with a proven bound",
-        "n codes, then 1.0 k to 1.7 k keys",
+        "n codes, then 1.1 k to 1.9 k keys",
     ),
     Row("attend", "numba", "attention.attend_numba", "cpu", "weighted values over reported keys", "k keys"),
     Row("attend", "reference", "attention.reference", "cpu", "the definition, plain float64 numpy", "k keys"),

@@ -7,8 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("cuda.bindings")
 
-from gpu import compiled
-from hsr.errors import BackendUnavailable
+from gpu import compiled  # noqa: E402
+from hsr.errors import BackendUnavailable  # noqa: E402
 
 
 @pytest.fixture
