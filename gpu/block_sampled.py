@@ -1,6 +1,6 @@
 """Keys that blocks of query rows share, drawn by importance: `attention.block_sampled` on the GPU.
 
-Ten launches.  The kernels of `gpu.importance` keep a byte of every key for every block of rows, its importance in
+Ten launches, and some that fill.  The kernels of `gpu.importance` keep a byte of every key for every block of rows, its importance in
 eighths of octaves; `count`, `threshold`, `size`, `places` and `draw` need no more than these bytes.  Where the
 selection is causal, `gpu.pacing` stands in for `threshold`.  Codes, budgets and draws are defined in
 `attention.listed_reference`.
@@ -143,7 +143,7 @@ def draw(
 
 
 TAKEN = 8  # representatives that a program of `represent` makes
-REPRESENTED = 64  # representatives that a program of `normalise` takes
+REPRESENTED = 64  # representatives that a program of `normalise` takes at most, unless a block has more
 BUSY = 256  # programs that keep a GPU busy
 COLUMNS = 128  # representatives that a program of `code` takes
 TILE = 1024  # codes that `count` and `draw` take at once

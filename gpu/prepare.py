@@ -15,7 +15,8 @@ GAIN = tl.constexpr(0.5)  # of the correction from step to step: half, because q
 FARTHEST = tl.constexpr(8.0)  # base-2 logarithm of the largest ratio of numbers of keys that a step corrects
 MOST = tl.constexpr(8.0)  # deviations that all corrections together may move a threshold
 NARROWEST = tl.constexpr(1.0)  # deviation, in base-2 scores, by which a correction is divided at least
-HIGHEST = tl.constexpr(12.0)  # deviations from the mean score between which thresholds stay
+FLAT = tl.constexpr(0.7)  # deviation below which no key is certain, and a threshold may lie far outside the scores
+HIGHEST = tl.constexpr(12.0)  # deviations from the mean score between which normal places stay
 LOWEST = tl.constexpr(-8.0)
 ROUNDS = tl.constexpr(2)  # of Newton's method, from the last step's place
 EVERYTHING = tl.constexpr(-1e30)  # a threshold below every score
@@ -100,10 +101,11 @@ def _thresholds(
     and deviation follow from the query and the codes' means and variances, axis by axis.  They are not normal, so it
     is moved by TRIM deviations, the query head's own, which follow from step to step how many keys the last threshold
     drew on average, FOUND / PARTS, against the budget.  The logarithm of that number falls by at most one per unit of
-    threshold, so that the correction does not overshoot for a like query.  (A budget corrected instead, and put
-    through the normal law, does: where that law takes most keys of a budget for certain, its threshold moves by many
-    units, and heads whose scores have long tails drew nearly all keys and next to none by turns.)  Any threshold
-    leaves the sums unbiased, because it does not depend on the step's own draw.  A budget beyond all keys draws all.
+    threshold, so that the correction does not overshoot for a query of like deviation.  (A budget corrected instead,
+    and put through the normal law, does: where that law takes most keys of a budget for certain, its threshold moves
+    by many units, and heads whose scores have long tails drew nearly all keys and next to none by turns.)  Any
+    threshold leaves the sums unbiased, because it does not depend on the step's own draw.  A budget beyond all keys
+    draws them all.
 
     Q (B, heads * G, D) by strides, rows contiguous; MAP (B * heads, PLANES, D + 1, R), MEANS, SPREADS (.., PLANES, R)
     float32; BUDGET (.., GP) float32; FOUND (.., LINE) int32, negative where the last step is no measure
@@ -146,12 +148,16 @@ def _thresholds(
     off = tl.where(size <= budget, 0.0, off)
     trim = tl.minimum(tl.maximum(trim + GAIN * off / tl.maximum(deviation, NARROWEST), -MOST), MOST)
     share = tl.minimum(budget / tl.maximum(size, 1.0), 1.0)
-    rho = _normal_place(rho, tl.maximum(deviation, 1e-2) * LN2, log2(share, ASM) * LN2)
+    flat = deviation < FLAT
+    normal = _normal_place(rho, tl.maximum(deviation, FLAT) * LN2, log2(share, ASM) * LN2)
+    rho = tl.where(flat, rho, normal)  # as it was: the next query may tell keys apart
     tl.store(TRIM + head * GP + g, trim)
     tl.store(RHO + head * GP + g, rho)
     tl.store(FOUND + head * LINE + g, tl.zeros((GP,), tl.int32))
     tl.store(SIGMA + head * GP + g, sigma)
-    tau = tl.where(size <= budget, EVERYTHING, mean * sigma + (rho + trim) * deviation)
+    chancy = 0.5 * LN2 * deviation * deviation - log2(share, ASM)  # E 2 ** (deviation x - chancy) is the share
+    place = tl.where(flat, chancy, rho * deviation) + trim * deviation
+    tau = tl.where(size <= budget, EVERYTHING, mean * sigma + place)
     tl.store(TAU + head * GP + g, tl.where(g < G, tau, float("inf")))
     tl.store(COUNTS + head * LINE, 0)
 

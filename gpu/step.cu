@@ -306,9 +306,10 @@ struct Thresholds {
       float off = log2_(fmaxf((float)found, 1e-3f) / (PARTS * budget));
       off = found < 0 || size <= budget ? 0.f : fminf(fmaxf(off, -8.f), 8.f);
       trim = fminf(fmaxf(trim + 0.5f * off / fmaxf(deviation, 1.f), -8.f), 8.f);
-      float target = log2_(fminf(budget / fmaxf(size, 1.f), 1.f)) * LN2, steep = fmaxf(deviation, 1e-2f) * LN2;
+      float share = log2_(fminf(budget / fmaxf(size, 1.f), 1.f)), target = share * LN2, steep = deviation * LN2;
+      const bool flat = deviation < 0.7f;
       #pragma unroll 1
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < 2 && !flat; i++) {
         float above = mills(rho), below = mills(steep - rho);
         float miss = log2_(above + below) * LN2 - 0.5f * rho * rho - 0.9189385f - target;
         float step = miss / fmaxf(steep * below / (above + below), 0.1f);
@@ -316,7 +317,8 @@ struct Thresholds {
       }
       if (lane == 0) {
         s.sigma[warp] = sigma, s.trim[warp] = trim, s.rho[warp] = rho;
-        s.tau[warp] = size <= budget ? EVERYTHING : mean * sigma + (rho + trim) * deviation;
+        float place = (flat ? 0.5f * LN2 * deviation * deviation - share : rho * deviation) + trim * deviation;
+        s.tau[warp] = size <= budget ? EVERYTHING : mean * sigma + place;
       }
     }
     __syncthreads();

@@ -309,6 +309,8 @@ def without_cuda(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "d", "causal", "dtype"),
     [
+        (1, 64, True, torch.float16),
+        (1, 128, False, torch.bfloat16),
         (2, 64, False, torch.bfloat16),
         (4, 128, True, torch.float16),
         (8, 64, True, torch.bfloat16),

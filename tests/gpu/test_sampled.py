@@ -203,6 +203,19 @@ def test_budgets_are_kept_where_the_first_keys_score_unlike_the_later_ones():
     assert settled.max() < 4
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.3])
+def test_budgets_are_kept_where_all_keys_are_nearly_alike(spread):
+    """And a query that tells them apart afterwards finds the threshold where it was."""
+    k, v, q = inputs(1, 1, 2, 1500, 64, seed=8)
+    k = (k[:, :, :1] + spread * (k - k[:, :, :1])).to(torch.float16)
+    cache = SampledCache(k, v, 2, Draws(25.0), 0.125)
+    for _ in range(6):
+        attend(cache, q)
+        assert (cache.found[0, :2].float() / 16 / 25 - 1).abs().max() < 0.6
+    attend(cache, 8 * q)
+    assert 0.2 * 25 < cache.found[0, :2].float().max() / 16 < 5 * 25
+
+
 @pytest.mark.parametrize(("trim", "column"), [(-8.0, 1), (8.0, 2)])
 def test_a_list_that_cannot_be_trusted_is_replaced_by_all_keys_and_counted(trim, column):
     k, v, q = inputs(1, 2, 2, 1500, 64, seed=4)
