@@ -1,8 +1,8 @@
 """Keys that blocks of query rows share, drawn by importance: `attention.block_sampled` on the GPU.
 
-Ten launches, and some that fill.  The kernels of `gpu.importance` keep a byte of every key for every block of rows, its importance in
-eighths of octaves; `count`, `threshold`, `size`, `places` and `draw` need no more than these bytes.  Where the
-selection is causal, `gpu.pacing` stands in for `threshold`.  Codes, budgets and draws are defined in
+Ten launches, and some that fill. The kernels of `gpu.importance` keep a byte of every key for every block of rows, its
+importance in eighths of octaves; `count`, `threshold`, `size`, `places` and `draw` need no more than these bytes. Where
+the selection is causal, `gpu.pacing` stands in for `threshold`. Codes, budgets and draws are defined in
 `attention.listed_reference`.
 """
 
