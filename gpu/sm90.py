@@ -190,7 +190,7 @@ def importance_cases() -> Iterator[Case]:
         for R, causal in ((1, False), (2, False), (4, False), (8, False), (8, True), (16, True)):
             own = {"D": D, "R": R, "ROWS": 128, "CAUSAL": causal}
             yield Case(importance.represent, own | {"S": spoken(R), "TAKEN": block_sampled.TAKEN}, 1, "", kinds)
-            for together, lines in ((1, 1 << 20), (4, 1 << 20), (4, 64)):
+            for together, lines in ((1, 1 << 20), (4, 1 << 20), *([(4, 64)] if R == 1 else ())):
                 split = {"G": 4, "KEYS": 128, "LINES": block_sampled.lines_together(together, R, lines)}
                 split |= {"TOGETHER": together, "PADDED": together}
                 yield Case(importance.normalise, own | split, block_sampled.warps(D), "MMA", kinds, fitting)

@@ -122,6 +122,8 @@ def adjust(cache: SampledCache, found: Spread, eps: float) -> None:
     The squared error falls as one over the number of draws.  At most four times as much or as little in a step, at
     least ``draws.least`` keys, at most ``1 / eps^2``: as many as the bound of threshold sampling asks for.  A head of
     which nothing was learnt, because every key was read or no list tells, keeps its budget.
+
+    Thresholds follow a budget by themselves: what the last one drew against the old budget, it draws against the new.
     """
     B, g, per = cache.batch, cache.groups, cache.per
     wanted = (eps * cache.distance).square().view(B, g, 1)
@@ -130,4 +132,6 @@ def adjust(cache: SampledCache, found: Spread, eps: float) -> None:
     change = torch.where(known, (square / wanted).clamp(0.25, 4.0), 1.0)
     budget = cache.budget.view(B, g, -1)[:, :, :per]
     least = cache.draws.least or 1.0
+    before, drew = budget.clone(), cache.found.view(B, g, -1)[:, :, :per]
     budget.copy_((budget * change).clamp(least, max(least, eps**-2)))
+    drew.copy_(torch.where(drew > 0, (drew * (budget / before)).round(), drew))
