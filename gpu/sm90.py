@@ -187,7 +187,7 @@ def importance_cases() -> Iterator[Case]:
         yield Case(importance.typical, {"DV": D, "KEYS": 128}, 8, "", kinds)
         yield Case(importance.pool, {"D": D, "DV": D, "KEYS": 128}, 8, "", kinds)
         fitting = block_sampled.stages(D)
-        for R, causal in ((1, False), (2, False), (4, False), (8, False), (8, True), (16, True)):
+        for R, causal in ((1, False), (2, False), (8, False), (8, True), (16, True)):
             own = {"D": D, "R": R, "ROWS": 128, "CAUSAL": causal}
             yield Case(importance.represent, own | {"S": spoken(R), "TAKEN": block_sampled.TAKEN}, 1, "", kinds)
             for together, lines in ((1, 1 << 20), (4, 1 << 20), *([(4, 64)] if R == 1 else ())):
