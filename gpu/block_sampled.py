@@ -229,7 +229,7 @@ def lines_together(heads: int, R: int, lines: int) -> int:
 
 
 def warps(d: int) -> int:
-    """Of `normalise`: four would not hold a mean key's row of width 256 in their registers."""
+    """Of `normalise`: with four, width 256 and one representative do not fit the registers (`gpu.sm90`)."""
     return 8 if d == 256 else 4
 
 

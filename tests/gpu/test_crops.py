@@ -134,7 +134,8 @@ def test_blocks_that_fill_again_are_coded_again() -> None:
         *again._cache, *cache._maps, again.codes, *again.tokens.strides, again.tokens.most, again.tokens.room, G, 0.125,
         D, cache.planes.columns, cache.planes.row, cache.planes.count, again.tokens.page, num_warps=4,
     )  # fmt: skip
-    assert (cache.codes[:, :128] == again.codes[:, :128]).double().mean() > 0.98  # TF32 there, float32 here, on a GPU
+    alike = (cache.codes[:, :128] == again.codes[:, :128]).double().mean()
+    assert alike > (0.999 if HERE == "cpu" else 0.98)  # on a GPU TF32 there, float32 here
 
 
 @pytest.mark.usefixtures("fused")
