@@ -6,9 +6,9 @@ length, attended to by whichever of torch's kernels and FlashAttention-3 is fast
 growing cache can replay; ``static_step_ms`` is with transformers' "sdpa" and a mask, as with its static cache.  Ours:
 `HSRCache(decode=Sampled(budget=...))` by `CapturedSteps`, whose cache grows, and whose launches attend to every key
 where there are fewer than SPARSE.  In both, torch compiles what lies in a layer before and after the attention, with
-tuned matrix products; beside the attention nothing differs.  Prompts run eagerly: dense with the fastest kernel, ours
-with `BlockSampled` at a tenth of the pairs; ``codes_s`` is the first step and the codes.  Where a prompt would take too
-long, keys and values are the last one's, repeated.
+tuned matrix products: the same programs for every kernel; beside the attention nothing differs.  Prompts run eagerly:
+dense with the fastest kernel, ours with `BlockSampled` at a tenth of the pairs; ``codes_s`` is the first step and the
+codes.  Where a prompt would take too long, keys and values are the last one's, repeated.
 
 Models have random weights: Llama-3.1-8B's shape with 4 layers and its whole vocabulary, which then weighs as much as
 2.4 layers more, the same with all 32 layers, and SmolLM2-135M's.  The gate: ours over all keys has the dense logits.
@@ -35,6 +35,7 @@ from benchmarks.measure import Timing
 from benchmarks.replays import launched
 from benchmarks.whole_models import (
     DENSE,
+    PARTS,
     SHAPES,
     STATIC,
     STEPS,
@@ -43,6 +44,7 @@ from benchmarks.whole_models import (
     DenseSteps,
     Held,
     Shape,
+    compiled_parts,
     dense_cache,
     forward,
     random_tokens,
@@ -91,6 +93,8 @@ def rows(quick: bool, note: Callable[[str], None], tokens: Sequence[int] | None 
             yield row
             gc.collect()
             torch.cuda.empty_cache()
+        if compiled_parts() != PARTS:
+            note(f"{shape.name}: {compiled_parts()} compiled parts, not {PARTS}: they differ beside the attention")
         del model, held
 
 

@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -22,6 +23,7 @@ from benchmarks.dense_prefill import KERNELS
 
 HERE, DTYPE = "cuda", torch.bfloat16
 DENSE, STATIC = "dense best", "static"
+PARTS = 2  # compiled: a layer before its attention, and after
 LENGTHS = tuple(1 << k for k in range(10, 20))
 
 
@@ -166,7 +168,9 @@ def registered() -> None:
 
 
 def compiled(model: Any) -> None:
-    """Make its layers run steps by compiled parts, and prompts as they did."""
+    """Make its layers run steps by compiled parts, and prompts as they did; other models' parts are forgotten."""
+    torch.compiler.reset()  # a second size in the same function would be compiled for any size, and slower
+    counters.clear()
     for layer in model.model.layers:
         layer.forward = partial(_layer, layer, layer.forward)
 
@@ -178,7 +182,13 @@ def _layer(layer: Any, whole: Callable[..., torch.Tensor], hidden_states: torch.
     k, v = options["past_key_values"].update(k, v, layer.self_attn.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS[layer.self_attn.config._attn_implementation]
     attended = attend(layer.self_attn, q, k, v, options["attention_mask"], scaling=layer.self_attn.scaling)[0]
-    return _after(layer, hidden_states, attended)
+    # Strides of axes of length one are the kernel's; by other ones torch would compile, and tune, anew for each kernel.
+    return _after(layer, hidden_states, attended.flatten(2))
+
+
+def compiled_parts() -> int:
+    """Programs that torch has compiled since `compiled`: PARTS where all attention has the same beside it."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 @partial(torch.compile, mode="max-autotune-no-cudagraphs")
@@ -196,7 +206,7 @@ def _before(
 
 @partial(torch.compile, mode="max-autotune-no-cudagraphs")
 def _after(layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    hidden = hidden + layer.self_attn.o_proj(attended.flatten(2))
+    hidden = hidden + layer.self_attn.o_proj(attended)
     found: torch.Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return found
 
