@@ -33,7 +33,8 @@ def model() -> Any:
         num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, initializer_range=0.1, pad_token_id=0,
         eos_token_id=None, bos_token_id=None, dtype=torch.bfloat16,
     )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config).eval().to("cuda", torch.bfloat16)
+    made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    return made.eval().to("cuda", torch.bfloat16)
 
 
 @torch.no_grad()
