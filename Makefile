@@ -15,6 +15,9 @@ help: ## this text
 demo: $(VENV)/.demo ## a small real model with and without half-space reporting; writes demo_report/
 	$(BIN)/python -m benchmarks.demo
 
+# Two processes, each with a thread of torch's and numba's for every core: idle ones that spin would double the time.
+test test-long test-oldest: export OMP_WAIT_POLICY ?= passive
+
 test: check ## lint, format, types, then every test that is not slow; what CI runs
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
