@@ -58,7 +58,7 @@ def prompt(
 
     Values are not looked at: NaN or infinity comes out where it goes in.  Output, log-sum-exps (float32), counters and
     densities stay on the GPU.  A density or a time needs no look at the GPU, so that a call can be captured in a CUDA
-    graph once one of its shape, dtype and policy has run; a causal selection, an error and `Listed` wait for it.
+    graph once one of its shape, dtype and policy has run; an error and `Listed` wait for it.
     Selectors make their lists here, and those of `attention.selectors` do not wait either.
 
     Raises:
@@ -123,13 +123,12 @@ def _answer(policy: BlockSampled | Listed | Dense | Selects, arrays: Tensors, sc
     density = policy.density
     if density is not None:
         budget(density, m, n)  # refuses one that the bands exceed
-    if density is None or m == n:
-        rates = prompt_cost.rates(q.device, q.dtype, q.shape[3], policy.rows)
-        if density is None:
-            assert policy.seconds is not None
-            density = rates.density_for(policy.seconds, heads, m, n)
-        if m == n and rates.dense_is_faster(density, heads, n):
-            return dense(arrays, scale)
+    rates = prompt_cost.rates(q.device, q.dtype, q.shape[3], policy.rows, policy.causal_selection)
+    if density is None:
+        assert policy.seconds is not None
+        density = rates.density_for(policy.seconds, heads, m, n)
+    if rates.dense_is_faster(density, heads, m, n):
+        return dense(arrays, scale)
     return drawn(policy, density, arrays, scale)
 
 
@@ -184,7 +183,7 @@ def dense(arrays: Tensors, scale: float) -> Answer:
 def _within(policy: BlockSampled, error: float, arrays: Tensors, scale: float) -> Answer:
     """Each head at the first of rising densities whose mean error on `measured_rows` is small enough.
 
-    Heads that miss it are drawn anew together, the others at the least again, which costs little and is not taken.
+    Heads that miss it are drawn anew together, in one call of all heads: the others' lists are the least, and dropped.
     """
     q, k, v = arrays
     heads, m, n = q.shape[0] * q.shape[1], q.shape[2], k.shape[2]

@@ -41,9 +41,11 @@ class Rates(NamedTuple):
         listed_pairs = max(density * int(ends(m, n).sum()), int(bands(m, n).sum()))
         return self.select.at(heads * int(edges(m, n).sum())) + self.attend.at(heads * ROWS * listed_pairs)
 
-    def dense_is_faster(self, density: float, heads: int, n: int) -> bool:
-        """Whether a dense call over a whole prompt is expected to take no longer."""
-        return self.dense.at(heads * n * n / 2) <= self.sampled(density, heads, n, n)
+    def dense_is_faster(self, density: float, heads: int, m: int, n: int) -> bool:
+        """Whether `gpu.prompt.dense` is expected to take no longer; of rows after a prefix it lists every key."""
+        whole = self.dense.at(heads * n * n / 2)
+        dense = whole if m == n else self.attend.at(heads * ROWS * int(ends(m, n).sum()))
+        return dense <= self.sampled(density, heads, m, n)
 
     def density_for(self, seconds: float, heads: int, m: int, n: int) -> float:
         """The density of a call that takes about so long; what is least, if none does."""
@@ -54,13 +56,13 @@ class Rates(NamedTuple):
 
 
 @functools.cache
-def rates(device: torch.device, dtype: torch.dtype, d: int, rows: int) -> Rates:
+def rates(device: torch.device, dtype: torch.dtype, d: int, rows: int, causal_selection: bool = False) -> Rates:
     """Of a width, a dtype, and lists by so many representatives."""
     from attention.block_sampled import BlockSampled
     from gpu import prompt
 
     random = torch.Generator(device).manual_seed(0)
-    policy, scale = BlockSampled(density=DENSITY, rows=rows), d**-0.5
+    policy, scale = BlockSampled(density=DENSITY, rows=rows, causal_selection=causal_selection), d**-0.5
     taken: list[list[float]] = []
     for n in LENGTHS:
         q, k, v = (

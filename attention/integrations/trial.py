@@ -92,8 +92,8 @@ class PromptTrials:
         shape = _tried(m, n)
         if isinstance(policy, BlockSampled):
             density = math.inf if policy.density is None else policy.density
-            if density <= least_density(m, n) or q.device.type == "cuda":
-                return density > least_density(m, n)  # a GPU's launches look themselves for what is faster
+            if density <= least_density(m, n) or (q.device.type == "cuda" and m == n):
+                return density > least_density(m, n)  # of whole prompts a GPU's launches look for what is faster
             if density <= least_density(*shape):
                 return False
         alike = dataclasses.replace(policy, seed=0) if hasattr(policy, "seed") else policy

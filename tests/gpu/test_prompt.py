@@ -13,13 +13,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from attention import BlockSampled, Dense, Listed, TopR, audit, prefill  # noqa: E402
-from attention.key_lists import KeyLists, budget, edges, row_blocks  # noqa: E402
+from attention.key_lists import KeyLists, budget, edges, ends, row_blocks  # noqa: E402
 from gpu import prompt, prompt_cost  # noqa: E402
 from gpu.prompt_cost import Line, Rates  # noqa: E402
 from hsr.errors import ArgumentError, BackendUnavailable  # noqa: E402
 from tests.gpu.interpreted import HERE, pytestmark  # noqa: E402, F401
 
-SLOW, FAST = Line(1.0, 0.0), Line(1e-3, 1e-9)
+SLOW, FAST = Line(1.0, 0.0), Line(0.0, 1e-9)
 SAMPLED_FIRST, DENSE_FIRST = Rates(SLOW, FAST, FAST), Rates(FAST, SLOW, SLOW)
 
 
@@ -80,11 +80,20 @@ def test_a_result_says_what_a_cpu_says(shape):
     assert result.certificate.kind == "none" and torch.isinf(result.certificate.output_error).all()
 
 
-def test_rates_choose_a_dense_kernel_only_for_whole_prompts(rates):
+@pytest.mark.parametrize("m", [300, 200])
+def test_rates_choose_a_dense_kernel(rates, m):
+    arrays, policy = made(m=m), BlockSampled(density=0.8)
+    assert (prompt.prompt(*arrays, policy, None).densities < 0.9).all()
     rates["rates"] = DENSE_FIRST
-    whole, rest = made(), made(m=200, n=300)
-    assert (prompt.prompt(*whole, BlockSampled(density=0.7), None).densities == 1).all()
-    assert (prompt.prompt(*rest, BlockSampled(density=0.8), None).densities < 0.9).all()
+    found = prompt.prompt(*arrays, policy, None)
+    assert (found.densities == 1).all() and off(found.output, exact(*arrays)[0]) < 2e-3
+
+
+def test_rows_after_a_prefix_are_judged_by_lists_of_every_key():
+    found, heads, m, n = Rates(Line(1e9, 0.0), Line(0.0, 1.0), Line(10.0, 1.0)), 2, 256, 640
+    even = 1 - edges(m, n).sum() / (128 * ends(m, n).sum())  # there what is not attended to pays for the codes
+    assert not found.dense_is_faster(even - 1e-6, heads, m, n) and found.dense_is_faster(even + 1e-6, heads, m, n)
+    assert not found.dense_is_faster(even + 1e-6, heads, n, n)
 
 
 def test_a_density_that_the_bands_exceed_is_refused_whatever_the_rates(rates):

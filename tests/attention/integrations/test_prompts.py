@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,18 @@ def test_a_density_that_the_trial_could_not_be_run_at_is_dense() -> None:
     policy = BlockSampled(density=0.2)
     assert least_density(1400, 1400) < 0.2 < least_density(1024, 1024)
     assert not trial.PromptTrials().faster(policy, rows, rows, rows)
+
+
+def test_on_a_gpu_chunks_alone_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole prompts its launches find out themselves."""
+    monkeypatch.setattr(trial, "_faster", lambda *call: False)
+
+    def rows(m: int) -> Any:
+        return SimpleNamespace(shape=(1, 4, m, 64), device=torch.device("cuda"), dtype=torch.float16)
+
+    trials, policy = trial.PromptTrials(), BlockSampled(density=0.5)
+    assert trials.faster(policy, rows(1500), rows(1500), rows(1500))
+    assert not trials.faster(policy, rows(17), rows(1500), rows(1500))
 
 
 def shared(tail: bool) -> list[Any]:

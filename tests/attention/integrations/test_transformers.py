@@ -192,7 +192,7 @@ def test_compiled_models_generate_the_same() -> None:
 
 
 def test_sampled_steps_are_near() -> None:
-    """The model's own sizes of error: with eps = 0.02 logits move by little, and not by nothing."""
+    """The model's own sizes of error: with eps = 0.1 logits move by little, and not by nothing."""
     model, ids = tiny_model(), torch.randint(1, 97, (1, 200), generator=torch.Generator().manual_seed(2))
     model.set_attn_implementation("sdpa")
     wanted = passes(model, DynamicCache(config=model.config), ids, [180, *[1] * 20])[:, 180:]
