@@ -27,10 +27,10 @@ With 8 single rows, for 33 heads of 10 layers and every eighth block: 0.31 and
   0.181, 0.101), that with what is unspent added (0.271, 0.171, 0.092), and a future that grows as the keys do, which
   keeps too much for the end (0.262, 0.124, 0.063).
 
-With means of rows, for 30 heads of ten layers and every eighth block, over the error of the systematic draw in the order
-of the keys (in the median): 1.04 with independent draws, 1.03 with a systematic draw in the order of importance, 1.00
-with the key blocks' mean keys and values as control variates, whole or halved, and 1.19, in one head 78, where those know
-the keys' second moments, too.
+With means of rows, for 30 heads of ten layers and every eighth block, over the error of the systematic draw in the
+order of the keys (in the median): 1.04 with independent draws, 1.03 with a systematic draw in the order of
+importance, 1.00 with the key blocks' mean keys and values as control variates, whole or halved, and 1.19, in one head
+78, where those know the keys' second moments, too.
 
 Heavy blocks taken whole would be a choice of their own; drawn by the same importance their keys are certain anyway.
 """
