@@ -51,7 +51,6 @@ def test_the_spread_is_that_of_many_draws(systematic):
         assert 0.6 < ratio < most  # systematic draws' sum of weights varies less than independent ones'
 
 
-@pytest.mark.slow
 def test_bounds_hold_about_as_often_as_they_say():
     """160 pairs at 0.9: fewer than 128 hold with chance under 1e-4 if each does independently."""
     k, v, q = inputs(1, 2, 2, 1400, 64, seed=8)
