@@ -122,7 +122,7 @@ def prefill(gpu: Mapping[str, Any]) -> str:
     return (
         markdown(("n", "density", "dense", "sampled", "of it selection", "speed-up", "error"), lines)
         + "\n\nA prompt's causal attention, 32 query heads over 8 key-value heads, d = 128, bfloat16, one "
-        f"representative a block (`rows=1`), replayed from CUDA graphs, so without the calls' time on the host, which "
+        "representative a block (`rows=1`), replayed from CUDA graphs, so without the calls' time on the host, which "
         f"short prompts wait for.  {gpu['device']}, synthetic heads, the fastest of cuDNN and "
         f"FlashAttention 2 and 3, commit {gpu['commit'][:10]}, `{gpu['command']}`.  The least gain there is "
         f"{least['speedup']:.2f}x (d = {least['d']}, {least['n']:,} tokens, {least['method']}); shorter prompts gain "
