@@ -134,7 +134,7 @@ class HSRCache(Cache):
         dense_below: tokens below which attention is dense, to the bit as with "sdpa": prompts by the length of each
             sequence, steps by the longest.  "auto" tries: a layer's steps, from 1,024 tokens on and again whenever they
             have doubled, are timed beside dense ones until they are faster; prompts are by trials of about as many rows
-            over as many keys.  Outputs then depend on the clock: give a number where they must be the same in every
+            over as many keys, but whole ones on a GPU, where `BlockSampled` knows by rates.  Outputs then depend on the clock: give a number where they must be the same in every
             run, one from which the policies can serve.
 
     After a pass that is refused, `reset` the cache, or go on with a copy from before: some layers hold its tokens.
