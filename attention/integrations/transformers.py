@@ -132,10 +132,10 @@ class HSRCache(Cache):
         prefill: policy of longer ones, see `attention.prefill`, or one for each layer; None is dense.
         dense_layers: layers that are always dense.
         dense_below: tokens below which attention is dense, to the bit as with "sdpa": prompts by the length of each
-            sequence, steps by the longest.  "auto" tries: a layer's steps, from 1,024 tokens on and again whenever they
+            sequence, steps by the longest. "auto" tries: a layer's steps, from 1,024 tokens on and again whenever they
             have doubled, are timed beside dense ones until they are faster; prompts are by trials of about as many rows
-            over as many keys, but whole ones on a GPU, where `BlockSampled` knows by rates.  Outputs then depend on the clock: give a number where they must be the same in every
-            run, one from which the policies can serve.
+            over as many keys, but whole ones on a GPU, where `BlockSampled` knows by rates. Outputs then depend on the
+            clock: give a number where they must be the same in every run, one from which the policies can serve.
 
     After a pass that is refused, `reset` the cache, or go on with a copy from before: some layers hold its tokens.
     `SharePrefill` layers that share `PivotalPatterns` serve one prompt, in one pass and without padding.
