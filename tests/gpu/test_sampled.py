@@ -163,7 +163,7 @@ def test_the_scan_draws_what_its_scores_say(systematic, d, row):
         assert ((entries >> 32) - chance[head][found]).abs().max() <= 64
 
 
-@pytest.mark.parametrize("systematic", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("systematic", [True, False])
 def test_sums_are_unbiased_whatever_the_thresholds(systematic):
     k, v, q = inputs(1, 2, 2, 700, 64, seed=2)
     cache = SampledCache(k, v, 4, Draws(40.0, systematic=systematic), 0.125)

@@ -29,7 +29,7 @@ def test_the_quantile_is_nearly_the_chi_squared_one(confidence):
     np.testing.assert_allclose(found, wanted, rtol=0.05)
 
 
-@pytest.mark.parametrize("systematic", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("systematic", [True, False])
 def test_the_spread_is_that_of_many_draws(systematic):
     """Means over 40 draws of 4 heads; both sides vary by some 10 %, so 1.6 is five deviations away."""
     k, v, q = inputs(1, 2, 2, 1400 if HERE == "cpu" else 6000, 64, seed=7)
