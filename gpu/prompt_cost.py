@@ -38,13 +38,16 @@ class Rates(NamedTuple):
 
     def sampled(self, density: float, heads: int, m: int, n: int) -> float:
         """Seconds of a sampled call."""
-        listed_pairs = max(density * int(ends(m, n).sum()), int(bands(m, n).sum()))
-        return self.select.at(heads * int(edges(m, n).sum())) + self.attend.at(heads * ROWS * listed_pairs)
+        return self.select.at(heads * int(edges(m, n).sum())) + self._listed(density, heads, m, n)
+
+    def _listed(self, density: float, heads: int, m: int, n: int) -> float:
+        """Seconds of attending to lists, whoever made them."""
+        pairs = max(density * int(ends(m, n).sum()), int(bands(m, n).sum()))
+        return self.attend.at(heads * ROWS * pairs)
 
     def dense_is_faster(self, density: float, heads: int, m: int, n: int) -> bool:
         """Whether `gpu.prompt.dense` is expected to take no longer; of rows after a prefix it lists every key."""
-        whole = self.dense.at(heads * n * n / 2)
-        dense = whole if m == n else self.attend.at(heads * ROWS * int(ends(m, n).sum()))
+        dense = self.dense.at(heads * n * n / 2) if m == n else self._listed(1.0, heads, m, n)
         return dense <= self.sampled(density, heads, m, n)
 
     def density_for(self, seconds: float, heads: int, m: int, n: int) -> float:
